@@ -1,0 +1,20 @@
+# Make .venv beside this folder and install imgcurate with the given extras into it, once per change.
+# Sourced by scripts/demo and scripts/test; sets $python.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=$1
+base=${PYTHON:-python3}
+if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "imgcurate needs Python 3.11 or newer; name one with PYTHON=/path/to/python3" >&2
+    exit 1
+fi
+[ -x .venv/bin/python ] || "$base" -m venv .venv
+python=$PWD/.venv/bin/python
+stamp=.venv/.installed-$extras
+wanted=$(sha256sum pyproject.toml | cut -d' ' -f1)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing imgcurate[$extras] into .venv (several GB the first time)" >&2
+    "$python" -m pip install --quiet --upgrade pip
+    "$python" -m pip install --quiet --editable ".[$extras]"
+    echo "$wanted" >"$stamp"
+fi
