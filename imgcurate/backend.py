@@ -1,0 +1,292 @@
+"""The one place that knows whether a GPU is there and which libraries stand for which.
+
+========================  ==================  =======================
+what                      ``cpu``             ``gpu``
+========================  ==================  =======================
+frames                    pandas              cudf
+arrays                    NumPy               CuPy
+k-means                   scikit-learn        cuML
+image decoding            DALI ``cpu``        DALI ``mixed``
+torch device              ``cpu``             ``cuda:0``
+========================  ==================  =======================
+
+A worker of a ``LocalCUDACluster`` sees its own GPU as device 0, so there is never an index to pass.
+Only this module and :mod:`imgcurate.cluster` import cudf, cupy, cuml or dask_cuda.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from imgcurate import schema
+from imgcurate.errors import ConfigError, DeviceError
+
+__all__ = [
+    "DEVICES",
+    "Backend",
+    "array_from_list_column",
+    "cpu_count",
+    "get_backend",
+    "list_array",
+    "why_no_gpu",
+]
+
+Device = Literal["auto", "cpu", "gpu"]
+DEVICES: Final = ("auto", "cpu", "gpu")
+_GPU_LIBRARIES: Final = ("cudf", "cupy", "cuml")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The libraries that do the work on one kind of device.
+
+    Attributes
+    ----------
+    name : {"cpu", "gpu"}
+        The kind of device.
+    """
+
+    name: Literal["cpu", "gpu"]
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether work runs on a GPU."""
+        return self.name == "gpu"
+
+    @property
+    def xp(self) -> Any:
+        """The array module: ``numpy`` or ``cupy``."""
+        return importlib.import_module("cupy") if self.is_gpu else np
+
+    @property
+    def torch_device(self) -> str:
+        """The device string for torch."""
+        return "cuda:0" if self.is_gpu else "cpu"
+
+    @property
+    def dali_device(self) -> Literal["cpu", "mixed"]:
+        """The ``device`` of DALI's image decoder."""
+        return "mixed" if self.is_gpu else "cpu"
+
+    @property
+    def dali_device_id(self) -> int | None:
+        """The ``device_id`` of a DALI pipeline; None builds a CPU-only pipeline."""
+        return 0 if self.is_gpu else None
+
+    def to_host(self, array: Any) -> npt.NDArray[Any]:
+        """Return `array` (NumPy, CuPy or torch) as a NumPy array on the host."""
+        if hasattr(array, "detach"):
+            array = array.detach().cpu().numpy()
+        elif hasattr(array, "get") and not isinstance(array, np.ndarray):
+            array = array.get()
+        return np.asarray(array)
+
+    def asarray(self, array: npt.NDArray[Any]) -> Any:
+        """Return a host array as an array of :attr:`xp`; no copy on the CPU."""
+        return self.xp.asarray(array)
+
+    def frame_from_arrow(self, table: pa.Table) -> Any:
+        """Return a pandas or cudf frame that holds an Arrow table without loss."""
+        if self.is_gpu:
+            return importlib.import_module("cudf").DataFrame.from_arrow(table)
+        columns = {}
+        for field in table.schema:
+            dtype: Any = schema.pandas_dtype(field.name, field.type)
+            column = table.column(field.name)
+            if isinstance(dtype, pd.api.extensions.ExtensionDtype):
+                columns[field.name] = pd.Series(dtype.__from_arrow__(column))
+            else:
+                columns[field.name] = column.to_pandas().astype(dtype)
+        return pd.DataFrame(columns)
+
+    def frame_to_arrow(self, frame: Any, schema_: pa.Schema) -> pa.Table:
+        """Return a pandas or cudf frame as an Arrow table of exactly `schema_`."""
+        if not isinstance(frame, pd.DataFrame):
+            return frame.to_arrow(preserve_index=False).select(schema_.names).cast(schema_)
+        return pa.Table.from_pandas(frame[schema_.names], schema=schema_, preserve_index=False).replace_schema_metadata(
+            None
+        )
+
+    def meta(self, schema_: pa.Schema) -> Any:
+        """Return the empty frame that Dask takes as ``meta`` for `schema_`."""
+        meta = schema.make_meta(schema_)
+        return self.frame_from_arrow(schema_.empty_table()) if self.is_gpu else meta
+
+    def fit_kmeans(
+        self,
+        x: npt.NDArray[np.float32],
+        n_clusters: int,
+        *,
+        init: Any = "k-means++",
+        n_init: int = 1,
+        max_iter: int = 100,
+        tol: float = 1e-4,
+        random_state: int = 42,
+        oversampling_factor: float = 2.0,
+    ) -> npt.NDArray[np.float32]:
+        """Fit k-means and return the centroids.
+
+        Parameters
+        ----------
+        x : ndarray of shape (n_samples, d)
+            float32 rows on the host.
+        n_clusters : int
+            Number of centroids, at most ``n_samples``.
+        init : str or ndarray of shape (n_clusters, d)
+            ``"k-means++"`` (``"scalable-k-means++"`` on a GPU), ``"random"`` or starting centroids.
+        n_init, max_iter, tol, random_state, oversampling_factor
+            As in cuML; the last is used on a GPU alone.
+
+        Returns
+        -------
+        ndarray of shape (n_clusters, d)
+            float32 centroids on the host, not normalised.
+
+        Notes
+        -----
+        On the CPU it runs on one thread: scikit-learn sums the threads' partial centroids in the
+        order in which they end, so more threads would make the result differ from run to run.
+        """
+        fixed = not isinstance(init, str)
+        if self.is_gpu:
+            cuml_cluster = importlib.import_module("cuml.cluster")
+            method = "scalable-k-means++" if not fixed and init == "k-means++" else init
+            model = cuml_cluster.KMeans(
+                n_clusters=n_clusters,
+                init=self.asarray(init) if fixed else method,
+                n_init=1 if fixed else n_init,
+                max_iter=max_iter,
+                tol=tol,
+                random_state=random_state,
+                oversampling_factor=oversampling_factor,
+                output_type="cupy",
+            )
+            model.fit(self.asarray(x))
+            return self.to_host(model.cluster_centers_).astype(np.float32)
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(limits=1):
+            model = KMeans(
+                n_clusters=n_clusters,
+                init=init,
+                n_init=1 if fixed else n_init,
+                max_iter=max_iter,
+                tol=tol,
+                random_state=random_state,
+            ).fit(x)
+        return np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
+
+
+def list_array(array: npt.NDArray[Any], valid: npt.NDArray[np.bool_] | None = None) -> pa.ListArray:
+    """Return a 2-D host array as an Arrow list array.
+
+    Parameters
+    ----------
+    array : ndarray of shape (n_valid, d)
+        The rows that are not null.
+    valid : ndarray of bool of shape (n,), optional
+        Which of the n rows are not null; by default all.
+    """
+    n_valid, dim = array.shape
+    values = pa.array(np.ascontiguousarray(array).reshape(-1))
+    if valid is None:
+        valid = np.ones(n_valid, dtype=bool)
+    offsets = np.zeros(len(valid) + 1, dtype=np.int64)
+    np.cumsum(np.where(valid, dim, 0), out=offsets[1:])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ConfigError(
+            f"a partition holds {n_valid} rows of {dim} values, more than a list column can "
+            "(2^31 - 1 values): use fewer files_per_partition"
+        )
+    mask = None if valid.all() else pa.array(~valid)
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values, mask=mask)
+
+
+def array_from_list_column(series: Any) -> Any:
+    """Return a list column without nulls as a 2-D array of shape (n, d).
+
+    Accepts a pandas Series of Arrow lists, a cudf list Series, or an Arrow (chunked) list array; the
+    result is a view where the layout allows it.
+
+    Raises
+    ------
+    ConfigError
+        If the column has nulls or its lists differ in length.
+    """
+    if isinstance(series, pd.Series):
+        series = pa.chunked_array(pa.array(series))
+    if isinstance(series, (pa.ChunkedArray, pa.Array)):
+        column = series.combine_chunks() if isinstance(series, pa.ChunkedArray) else series
+        n, nulls = len(column), column.null_count
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+    else:
+        n, nulls = len(series), int(series.isnull().sum())
+        flat = series.list.leaves.values
+    if nulls:
+        raise ConfigError(f"{nulls} of {n} rows have no embedding: filter them out first")
+    if n == 0:
+        return flat.reshape(0, 0)
+    dim, rest = divmod(len(flat), n)
+    if rest:
+        raise ConfigError(f"the {n} embeddings differ in length ({len(flat)} values in all)")
+    return flat.reshape(n, dim)
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """Return why this process cannot use a GPU, in words; None if it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return "this torch is built without CUDA"
+        return "torch sees no CUDA device (no GPU, no driver, or a driver too old for this torch)"
+    for library in _GPU_LIBRARIES:
+        if importlib.util.find_spec(library) is None:
+            return f"{library} is not installed (pip install 'imgcurate[gpu-cu13]', or environment.yml)"
+    return None
+
+
+def get_backend(device: str = "auto") -> Backend:
+    """Return the backend for `device`.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "gpu"}
+        ``auto`` takes the GPU where there is one, else the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If `device` is none of these.
+    DeviceError
+        If ``gpu`` is asked for and is not usable; the message says why.
+    """
+    if device not in DEVICES:
+        raise ConfigError(f"device={device!r} is none of {', '.join(DEVICES)}")
+    if device == "cpu":
+        return Backend("cpu")
+    reason = why_no_gpu()
+    if reason is None:
+        return Backend("gpu")
+    if device == "gpu":
+        raise DeviceError(f"device='gpu' is not usable here: {reason}. Use device='cpu' or 'auto'")
+    return Backend("cpu")
+
+
+def cpu_count() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

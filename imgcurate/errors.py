@@ -1,0 +1,87 @@
+"""The exceptions that imgcurate raises on purpose.
+
+::
+
+    ImgcurateError                exit code 1
+    ├── ConfigError               exit code 2: parameters, stages or columns that cannot work
+    │   ├── InputError            an input that is missing or of an unknown kind
+    │   ├── DeviceError           a GPU was asked for and is not usable
+    │   └── EncoderMismatchError  a head was given embeddings of another model
+    ├── TarError                  bytes that are not a tar archive, with the offset
+    ├── WeightsError              model weights missing, damaged or out of reach
+    ├── CatalogError              a run's record is damaged or belongs to another run
+    └── ClusterError              Dask workers died or could not be reached
+
+A bad *sample* never raises: it becomes a row whose ``status`` and ``reason`` say what was wrong.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CatalogError",
+    "ClusterError",
+    "ConfigError",
+    "DeviceError",
+    "EncoderMismatchError",
+    "ImgcurateError",
+    "InputError",
+    "TarError",
+    "WeightsError",
+]
+
+
+class ImgcurateError(Exception):
+    """Base of every error that imgcurate raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(ImgcurateError, ValueError):
+    """Parameters, stages or columns that cannot work; raised before any work is done."""
+
+    exit_code = 2
+
+
+class InputError(ConfigError):
+    """An input that does not exist or is of an unknown kind."""
+
+
+class DeviceError(ConfigError):
+    """A GPU was asked for and is not usable."""
+
+
+class EncoderMismatchError(ConfigError):
+    """A head was given embeddings of a model that it was not trained on."""
+
+
+class TarError(ImgcurateError):
+    """Bytes that are not a valid tar archive.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong, in words.
+    offset : int
+        Byte offset in the archive at which the damage was met.
+    """
+
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(message, offset)
+        self.message = message
+        self.offset = offset
+
+    def __str__(self) -> str:
+        """Return the message with the offset."""
+        return f"{self.message} at byte {self.offset}"
+
+
+class WeightsError(ImgcurateError):
+    """Model weights that are missing, damaged or out of reach."""
+
+
+class CatalogError(ImgcurateError):
+    """A run's record that is damaged or belongs to another run."""
+
+
+class ClusterError(ImgcurateError):
+    """Dask workers that died or could not be reached."""

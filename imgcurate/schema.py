@@ -1,0 +1,205 @@
+"""Every column of imgcurate's frames: name, type and meaning.
+
+Arrow types are the source of truth, because the catalog is Parquet; the pandas and cudf dtypes and
+the ``meta`` that Dask wants follow from them. No other module spells a column's name as a string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from imgcurate.errors import ConfigError
+
+__all__ = [
+    "AESTHETIC_SCORE",
+    "AESTHETIC_SCORE_RAW",
+    "CATALOG_ORDER",
+    "CLUSTER",
+    "COLUMNS",
+    "DUPLICATE_OF",
+    "EMBEDDING",
+    "ENCODER",
+    "EXT",
+    "HEIGHT",
+    "INDEX_COLUMNS",
+    "KEY",
+    "MEMBERS",
+    "NBYTES",
+    "NSFW_SCORE",
+    "OFFSET",
+    "REASON",
+    "SHARD",
+    "SIMILARITY",
+    "SPANS",
+    "STATUS",
+    "STATUS_AESTHETIC",
+    "STATUS_DECODE_ERROR",
+    "STATUS_DUPLICATE",
+    "STATUS_NO_IMAGE",
+    "STATUS_NSFW",
+    "STATUS_OK",
+    "STATUS_TAR_ERROR",
+    "UID",
+    "UID_SHARD_BITS",
+    "WIDTH",
+    "Column",
+    "arrow_schema",
+    "arrow_type",
+    "make_meta",
+    "make_uid",
+    "pandas_dtype",
+    "split_uid",
+]
+
+UID: Final = "uid"
+SHARD: Final = "shard"
+KEY: Final = "key"
+EXT: Final = "ext"
+MEMBERS: Final = "members"
+SPANS: Final = "spans"
+OFFSET: Final = "offset"
+NBYTES: Final = "nbytes"
+WIDTH: Final = "width"
+HEIGHT: Final = "height"
+STATUS: Final = "status"
+REASON: Final = "reason"
+EMBEDDING: Final = "embedding"
+AESTHETIC_SCORE: Final = "aesthetic_score"
+AESTHETIC_SCORE_RAW: Final = "aesthetic_score_raw"
+NSFW_SCORE: Final = "nsfw_score"
+CLUSTER: Final = "cluster"
+DUPLICATE_OF: Final = "duplicate_of"
+SIMILARITY: Final = "similarity"
+ENCODER: Final = "encoder"
+
+STATUS_OK: Final = "ok"
+STATUS_TAR_ERROR: Final = "tar_error"
+STATUS_NO_IMAGE: Final = "no_image"
+STATUS_DECODE_ERROR: Final = "decode_error"
+STATUS_AESTHETIC: Final = "aesthetic"
+STATUS_NSFW: Final = "nsfw"
+STATUS_DUPLICATE: Final = "duplicate"
+
+UID_SHARD_BITS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the frame.
+
+    Attributes
+    ----------
+    name : str
+        The column's name.
+    type : pa.DataType
+        Its Arrow type.
+    description : str
+        What it holds, with unit and range.
+    """
+
+    name: str
+    type: pa.DataType
+    description: str
+
+
+COLUMNS: Final[Mapping[str, Column]] = {
+    c.name: c
+    for c in (
+        Column(UID, pa.int64(), "input shard number << 32 | position of the sample in its shard"),
+        Column(SHARD, pa.string(), "URL of the input shard"),
+        Column(KEY, pa.string(), "WebDataset __key__: member path up to the first dot of its base name"),
+        Column(EXT, pa.string(), "extension of the image member, lower case, without the leading dot"),
+        Column(MEMBERS, pa.list_(pa.string()), "extensions of all members, in the order of the tar"),
+        Column(SPANS, pa.list_(pa.int64()), "byte spans of the sample in its shard: start, length, start, ..."),
+        Column(OFFSET, pa.int64(), "byte offset of the image member's data in its shard; -1 without an image"),
+        Column(NBYTES, pa.int64(), "bytes of the image member as stored"),
+        Column(WIDTH, pa.int32(), "pixels, EXIF orientation applied; 0 if unknown"),
+        Column(HEIGHT, pa.int32(), "pixels, EXIF orientation applied; 0 if unknown"),
+        Column(STATUS, pa.string(), "'ok', or why the sample left"),
+        Column(REASON, pa.string(), "the status in words, with the number that decided; '' if ok"),
+        Column(EMBEDDING, pa.list_(pa.float32()), "(d,) float32, unit L2 norm; null where no image decoded"),
+        Column(ENCODER, pa.string(), "identity of the encoder that made the embedding; null where there is none"),
+        Column(AESTHETIC_SCORE, pa.float32(), "[0, 1], higher is better: LAION's 1..10 scale divided by ten"),
+        Column(AESTHETIC_SCORE_RAW, pa.float32(), "LAION's own scale, about 1..10, higher is better, unclipped"),
+        Column(NSFW_SCORE, pa.float32(), "[0, 1], probability that the image is not safe for work"),
+        Column(CLUSTER, pa.int32(), "index of the nearest k-means centroid; null where no embedding"),
+        Column(DUPLICATE_OF, pa.int64(), "uid of the kept sample that this one duplicates; null if none"),
+        Column(SIMILARITY, pa.float32(), "cosine similarity to the sample named by duplicate_of; null if none"),
+    )
+}
+
+INDEX_COLUMNS: Final = (
+    UID, SHARD, KEY, EXT, MEMBERS, SPANS, OFFSET, NBYTES, WIDTH, HEIGHT, STATUS, REASON,
+)  # fmt: skip
+CATALOG_ORDER: Final = tuple(COLUMNS)
+
+# Every row has these; any other integer or boolean may be null.
+_NEVER_NULL: Final = frozenset({UID, OFFSET, NBYTES, WIDTH, HEIGHT})
+
+
+def arrow_type(name: str, extra: Mapping[str, pa.DataType] | None = None) -> pa.DataType:
+    """Return the Arrow type of a column.
+
+    Parameters
+    ----------
+    name : str
+        A column of :data:`COLUMNS` or of `extra`.
+    extra : mapping of str to pa.DataType, optional
+        Columns that custom stages add.
+
+    Raises
+    ------
+    ConfigError
+        If the column is in neither.
+    """
+    if extra and name in extra:
+        return extra[name]
+    if name in COLUMNS:
+        return COLUMNS[name].type
+    raise ConfigError(f"unknown column {name!r}: expected one of {', '.join(COLUMNS)}")
+
+
+def arrow_schema(names: Iterable[str], extra: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
+    """Return the Arrow schema of `names`, in the catalog's canonical order, custom columns last."""
+    known = [n for n in CATALOG_ORDER if n in (wanted := set(names))]
+    custom = [n for n in dict.fromkeys(names) if n not in COLUMNS and n in wanted]
+    return pa.schema([pa.field(n, arrow_type(n, extra)) for n in [*known, *custom]])
+
+
+def pandas_dtype(name: str, type_: pa.DataType) -> Any:
+    """Return the pandas dtype that holds an Arrow column without loss.
+
+    Lists keep their Arrow layout (Dask corrupts object columns of arrays), integers that may be
+    null use pandas' masked integers, strings the default string dtype.
+    """
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_):
+        return pd.StringDtype(na_value=np.nan)
+    if name in _NEVER_NULL or pa.types.is_floating(type_):
+        return type_.to_pandas_dtype()
+    if pa.types.is_boolean(type_):
+        return pd.BooleanDtype()
+    if pa.types.is_integer(type_):
+        masked = np.dtype(type_.to_pandas_dtype()).name.replace("u", "U").replace("int", "Int")
+        return pd.api.types.pandas_dtype(masked)
+    return pd.ArrowDtype(type_)
+
+
+def make_meta(schema: pa.Schema) -> pd.DataFrame:
+    """Return the empty pandas frame that Dask takes as ``meta`` for `schema`."""
+    return pd.DataFrame({f.name: pd.Series([], dtype=pandas_dtype(f.name, f.type)) for f in schema})
+
+
+def make_uid(shard_number: int, position: int) -> int:
+    """Return the uid of the sample at `position` (0-based) of input shard `shard_number` (0-based)."""
+    return shard_number << UID_SHARD_BITS | position
+
+
+def split_uid(uid: int) -> tuple[int, int]:
+    """Return (shard number, position in the shard) of a uid."""
+    return uid >> UID_SHARD_BITS, uid & (1 << UID_SHARD_BITS) - 1

@@ -1,0 +1,383 @@
+"""Files by URL: expand patterns, read byte ranges, write atomically. Everything goes through fsspec.
+
+A plain path or ``file://`` URL takes a short way through the operating system; every other protocol
+is an fsspec filesystem whose ranged reads are retried and whose short reads are never taken for the
+end of a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Final, Protocol, TypeVar
+
+import fsspec
+from braceexpand import braceexpand
+
+from imgcurate.errors import ConfigError, ImgcurateError, InputError
+
+__all__ = [
+    "Source",
+    "StorageError",
+    "StorageOptions",
+    "atomic_write",
+    "exists",
+    "expand_urls",
+    "file_size",
+    "free_bytes",
+    "is_local",
+    "join_url",
+    "list_files",
+    "local_path",
+    "make_folder",
+    "open_source",
+    "read_bytes",
+    "remove",
+    "remove_tree",
+]
+
+StorageOptions = Mapping[str, Any]
+_T = TypeVar("_T")
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS: Final = 6
+_FIRST_DELAY_S: Final = 0.2
+_MAX_BRACE_URLS: Final = 10_000_000
+_PERMANENT: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class StorageError(ImgcurateError):
+    """A file that could not be read or written, after all retries."""
+
+
+class Source(Protocol):
+    """A file of known size of which byte ranges can be read.
+
+    Attributes
+    ----------
+    url : str
+        Where it lies.
+    size : int
+        Its length in bytes.
+    """
+
+    url: str
+    size: int
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, fewer only where the file ends."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
+
+
+class LocalSource:
+    """A file of the operating system, read with ``pread``."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self._fd = os.open(local_path(url), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as exc:
+            raise StorageError(f"cannot read {url}: {exc.strerror}") from exc
+        self.size = os.fstat(self._fd).st_size
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, fewer only where the file ends."""
+        try:
+            data = os.pread(self._fd, length, offset)
+            if len(data) < length and offset + len(data) < self.size:
+                chunks = [data]
+                while data and sum(map(len, chunks)) < length:
+                    data = os.pread(self._fd, length - sum(map(len, chunks)), offset + sum(map(len, chunks)))
+                    chunks.append(data)
+                data = b"".join(chunks)
+        except OSError as exc:
+            raise StorageError(f"cannot read {self.url} at byte {offset}: {exc.strerror}") from exc
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class RemoteSource:
+    """A file of an fsspec filesystem, read by ranges with bounded retries."""
+
+    def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
+        self.url = url
+        self._fs, self._path = _filesystem(url, storage_options)
+        info = _retry(lambda: self._fs.info(self._path), f"cannot read {url}")
+        if info.get("size") is None:
+            raise StorageError(f"cannot read {url}: the server does not tell its size")
+        self.size = int(info["size"])
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, fewer only where the file ends."""
+        end = min(offset + length, self.size)
+        if end <= offset:
+            return b""
+
+        def read() -> bytes:
+            data: bytes = self._fs.cat_file(self._path, start=offset, end=end)
+            if len(data) != end - offset:
+                raise OSError(f"short read: {len(data)} of {end - offset} bytes")
+            return data
+
+        return _retry(read, f"cannot read {self.url} at byte {offset}")
+
+    def close(self) -> None:
+        """Do nothing: the connection belongs to the filesystem."""
+
+
+def open_source(url: str, storage_options: StorageOptions | None = None) -> Source:
+    """Open a file for ranged reads.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be opened.
+    """
+    return LocalSource(url) if is_local(url) else RemoteSource(url, storage_options)
+
+
+def expand_urls(
+    patterns: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    storage_options: StorageOptions | None = None,
+) -> list[str]:
+    """Expand brace and glob patterns into a sorted list of distinct URLs.
+
+    Parameters
+    ----------
+    patterns : str or sequence of str
+        fsspec URLs or paths; ``{00000..00099}`` and ``{a,b}`` expand as in a shell, ``*``, ``?``,
+        ``[...]`` and ``**`` are globs. Local paths come back absolute, since workers may run in
+        another folder. A name without a pattern is taken as it is, also if it does not exist.
+
+    Raises
+    ------
+    InputError
+        If nothing was given or a glob matches nothing.
+    """
+    if isinstance(patterns, (str, os.PathLike)):
+        patterns = [patterns]
+    urls: set[str] = set()
+    for pattern in [os.fspath(p) for p in patterns]:
+        if is_local(pattern) and Path(local_path(pattern)).exists():
+            urls.add(str(Path(local_path(pattern)).absolute()))
+            continue
+        try:
+            candidates = braceexpand(pattern)
+        except ValueError as exc:
+            raise InputError(f"unbalanced braces in {pattern!r}") from exc
+        for count, candidate in enumerate(candidates):
+            if count >= _MAX_BRACE_URLS:
+                raise InputError(f"{pattern!r} expands to more than {_MAX_BRACE_URLS:,} names")
+            urls.update(_glob(candidate, storage_options))
+    if not urls:
+        raise InputError("no input was given: expected tar shards, as paths, URLs or patterns")
+    return sorted(urls)
+
+
+def _glob(pattern: str, storage_options: StorageOptions | None) -> list[str]:
+    path_part = pattern.split("://", 1)[-1]
+    has_glob = any(c in path_part for c in "*[") or ("?" in path_part and not pattern.startswith("http"))
+    if not has_glob:
+        return [str(Path(local_path(pattern)).absolute())] if is_local(pattern) else [pattern]
+    fs, path = _filesystem(pattern, storage_options)
+    found = _retry(lambda: fs.glob(path), f"cannot list {pattern}")
+    if not found:
+        raise InputError(f"nothing matches {pattern!r}")
+    return [str(f) if is_local(pattern) else fs.unstrip_protocol(f) for f in found]
+
+
+def is_local(url: str) -> bool:
+    """Return whether `url` is a path of this machine."""
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def local_path(url: str) -> str:
+    """Return the path behind a local URL."""
+    return url.split("://", 1)[1] if "://" in url else url
+
+
+def join_url(base: str, *parts: str) -> str:
+    """Join path components to a URL or path."""
+    return "/".join([base.rstrip("/") if base != "/" else "", *parts])
+
+
+def exists(url: str, storage_options: StorageOptions | None = None) -> bool:
+    """Return whether a file or folder exists."""
+    if is_local(url):
+        return Path(local_path(url)).exists()
+    fs, path = _filesystem(url, storage_options)
+    return bool(_retry(lambda: fs.exists(path), f"cannot look up {url}"))
+
+
+def file_size(url: str, storage_options: StorageOptions | None = None) -> int:
+    """Return the length of a file in bytes.
+
+    Raises
+    ------
+    InputError
+        If there is no such file.
+    """
+    try:
+        if is_local(url):
+            path = Path(local_path(url))
+            if path.is_dir():
+                raise InputError(f"{url} is a folder: expected a tar shard; '{url}/*.tar' names all in it")
+            return path.stat().st_size
+        source = RemoteSource(url, storage_options)
+    except FileNotFoundError as exc:
+        raise InputError(f"no such input: {url}") from exc
+    except StorageError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError):
+            raise InputError(f"no such input: {url}") from exc
+        raise
+    return source.size
+
+
+def list_files(folder: str, suffix: str, storage_options: StorageOptions | None = None) -> list[str]:
+    """Return the names (not URLs) of the files in `folder` that end with `suffix`, sorted."""
+    if is_local(folder):
+        path = Path(local_path(folder))
+        return sorted(p.name for p in path.iterdir() if p.name.endswith(suffix)) if path.is_dir() else []
+    fs, path_ = _filesystem(folder, storage_options)
+    try:
+        fs.invalidate_cache()
+        found = _retry(lambda: fs.ls(path_, detail=False), f"cannot list {folder}")
+    except StorageError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError):
+            return []
+        raise
+    return sorted(name for f in found if (name := str(f).rsplit("/", 1)[-1]).endswith(suffix))
+
+
+def make_folder(url: str, storage_options: StorageOptions | None = None) -> None:
+    """Make a folder and its parents; does nothing where they exist or the store has no folders."""
+    try:
+        if is_local(url):
+            Path(local_path(url)).mkdir(parents=True, exist_ok=True)
+            return
+        fs, path = _filesystem(url, storage_options)
+        fs.makedirs(path, exist_ok=True)
+    except OSError as exc:
+        raise StorageError(f"cannot make the folder {url}: {exc.strerror or exc}") from exc
+
+
+def read_bytes(url: str, storage_options: StorageOptions | None = None) -> bytes:
+    """Return a whole (small) file."""
+    source = open_source(url, storage_options)
+    try:
+        return source.pread(0, source.size)
+    finally:
+        source.close()
+
+
+def remove(url: str, storage_options: StorageOptions | None = None) -> None:
+    """Delete a file; does nothing if there is none."""
+    if is_local(url):
+        Path(local_path(url)).unlink(missing_ok=True)
+        return
+    fs, path = _filesystem(url, storage_options)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def remove_tree(url: str, storage_options: StorageOptions | None = None) -> None:
+    """Delete a folder and all in it; does nothing if there is none."""
+    if is_local(url):
+        shutil.rmtree(local_path(url), ignore_errors=True)
+        return
+    fs, path = _filesystem(url, storage_options)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def atomic_write(url: str, storage_options: StorageOptions | None = None) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name whole or not at all.
+
+    On local disks the bytes go to a temporary name in the same folder, are flushed to the disk and
+    renamed; object stores show an object only when its upload is complete. After an error nothing
+    is left behind.
+
+    Raises
+    ------
+    StorageError
+        If the file cannot be written (no space, no permission).
+    """
+    if not is_local(url):
+        fs, path = _filesystem(url, storage_options)
+        file = fs.open(path, "wb")
+        try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(Exception):
+                file.discard()
+            raise
+        _retry(file.close, f"cannot write {url}", attempts=1)
+        return
+    target = Path(local_path(url))
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(target)
+    except OSError as exc:
+        raise StorageError(f"cannot write {url}: {exc.strerror or exc}") from exc
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def free_bytes(url: str) -> int | None:
+    """Return the free space of the disk that holds a local path, in bytes; None for other stores."""
+    if not is_local(url):
+        return None
+    path = Path(local_path(url)).absolute()
+    while not path.exists():
+        path = path.parent
+    stats = os.statvfs(path)
+    return stats.f_bavail * stats.f_frsize
+
+
+def _filesystem(url: str, storage_options: StorageOptions | None) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(url, **(storage_options or {}))  # type: ignore[no-any-return]
+    except ImportError as exc:
+        protocol = url.split("://", 1)[0]
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(protocol, "http")
+        raise ConfigError(f"{url}: {exc}. pip install 'imgcurate[{extra}]'") from exc
+    except ValueError as exc:
+        raise ConfigError(f"{url}: {exc}") from exc
+
+
+def _retry(call: Callable[[], _T], what: str, attempts: int = _ATTEMPTS) -> _T:
+    delay_s = _FIRST_DELAY_S
+    for attempt in range(1, attempts + 1):
+        try:
+            return call()
+        except _PERMANENT as exc:
+            raise StorageError(f"{what}: {exc}") from exc
+        except Exception as exc:
+            if attempt == attempts:
+                raise StorageError(f"{what}: {exc} ({attempts} attempts)") from exc
+            logger.info("%s: %s; retrying in %.1f s", what, exc, delay_s)
+            time.sleep(delay_s * (0.5 + random.random()))  # noqa: S311 - jitter
+            delay_s = min(delay_s * 2, 10.0)
+    raise AssertionError("unreachable")
