@@ -1,0 +1,151 @@
+"""What a per-batch stage sees: some samples, their pixels on the worker's device, their columns.
+
+Pixels are described by a :class:`PixelView`, the preprocessing as data: every stage that looks at
+pixels names the views that it needs, and one DALI graph makes all of them from one decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from imgcurate.errors import ConfigError
+
+__all__ = ["ImageBatch", "PixelView"]
+
+
+@dataclass(frozen=True, slots=True)
+class PixelView:
+    """How an image is brought to a fixed size.
+
+    Attributes
+    ----------
+    height, width : int
+        Size of the result in pixels.
+    resize : {"shortest", "longest", "squash"}
+        ``shortest``: scale the shorter side, then cut the middle out (CLIP). ``longest``: scale the
+        longer side, then pad. ``squash``: scale both sides, whatever the aspect ratio.
+    interpolation : {"bicubic", "bilinear", "lanczos"}
+        The filter; always with antialiasing, as in Pillow.
+    fill : int
+        Value of padded pixels, 0-255.
+    """
+
+    height: int
+    width: int
+    resize: Literal["shortest", "longest", "squash"] = "shortest"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    fill: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.height <= 8192 and 0 < self.width <= 8192):
+            raise ConfigError(f"a pixel view of {self.height}x{self.width} is outside 1..8192 pixels a side")
+        if self.resize not in ("shortest", "longest", "squash"):
+            raise ConfigError(f"resize={self.resize!r} is none of shortest, longest, squash")
+        if self.interpolation not in ("bicubic", "bilinear", "lanczos"):
+            raise ConfigError(f"interpolation={self.interpolation!r} is none of bicubic, bilinear, lanczos")
+
+
+class ImageBatch:
+    """Some samples of one partition, inside one task.
+
+    With pixels, the batch holds every sample that decoded, also those that an earlier filter
+    dropped, so that all scores exist for all images and thresholds can be changed later. Without,
+    it holds the rows whose needed columns are not null.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        The samples' columns so far, one row each; do not change it.
+    images : mapping of PixelView to torch.Tensor
+        Per view a uint8 tensor of shape (n, height, width, 3), RGB, 0-255, on the worker's device.
+    columns : mapping of str to torch.Tensor, optional
+        Columns as tensors on the device, such as ``embedding`` of shape (n, d).
+    device : str
+        The torch device, ``cpu`` or ``cuda:0``.
+    """
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,
+        images: Mapping[PixelView, torch.Tensor] | None = None,
+        columns: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.rows = rows
+        self.device = device
+        self.drops: list[tuple[npt.NDArray[np.bool_] | torch.Tensor, Sequence[str] | str, str | None]] = []
+        self._images = dict(images or {})
+        self._columns: dict[str, Any] = dict(columns or {})
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.rows)
+
+    def pixels(self, view: PixelView) -> torch.Tensor:
+        """Return the pixels of a view: (n, height, width, 3) uint8 RGB, 0-255, on the device.
+
+        Raises
+        ------
+        ConfigError
+            If the view was not asked for by any stage, or its pixels were removed.
+        """
+        if view not in self._images:
+            raise ConfigError(
+                f"the batch holds no pixels for {view}: name it in the stage's 'views', and keep "
+                "remove_image_data=False on the stages before"
+            )
+        return self._images[view]
+
+    def remove_pixels(self) -> None:
+        """Free all pixels; later stages of this batch see columns alone."""
+        self._images.clear()
+
+    def __getitem__(self, column: str) -> Any:
+        """Return a column: a tensor on the device if a stage made it, else a pandas Series."""
+        if column in self._columns:
+            return self._columns[column]
+        if column in self.rows.columns:
+            return self.rows[column]
+        raise ConfigError(f"the batch has no column {column!r}; it has {', '.join(self.columns)}")
+
+    def __setitem__(self, column: str, values: Any) -> None:
+        """Set a column: n values, or an (n, d) array or tensor for a list column."""
+        if len(values) != len(self.rows):
+            raise ConfigError(f"column {column!r} has {len(values)} values for {len(self.rows)} samples")
+        self._columns[column] = values
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of all columns, those of the rows first."""
+        return (*self.rows.columns, *(c for c in self._columns if c not in self.rows.columns))
+
+    def drop(
+        self,
+        mask: npt.NDArray[np.bool_] | torch.Tensor,
+        reason: Sequence[str] | str,
+        *,
+        status: str | None = None,
+    ) -> None:
+        """Drop the samples where `mask` is true; they keep their row, with this reason.
+
+        Parameters
+        ----------
+        mask : array or tensor of bool of shape (n,)
+            True for each sample to drop. A sample that left before keeps its first reason.
+        reason : str or sequence of n str
+            Why, in words.
+        status : str, optional
+            The status of the dropped rows; by default the name of the stage.
+        """
+        if len(mask) != len(self.rows):
+            raise ConfigError(f"the mask has {len(mask)} values for {len(self.rows)} samples")
+        if not isinstance(reason, str) and len(reason) != len(self.rows):
+            raise ConfigError(f"there are {len(reason)} reasons for {len(self.rows)} samples")
+        self.drops.append((mask, reason, status))

@@ -1,0 +1,341 @@
+"""Encoded images -> pixels, through one persistent DALI graph per worker.
+
+The pixel rule, the same on every device: 8-bit sRGB as stored; EXIF orientation applied; gray
+repeated to three channels; 16-bit scaled by 1/257; CMYK converted; alpha composited on white; the
+first frame of an animation. DALI takes the formats that it decodes by this rule, Pillow the others,
+and both end in the same resize operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from imgcurate.backend import Backend
+from imgcurate.batches import PixelView
+from imgcurate.errors import ImgcurateError
+from imgcurate.probe import probe
+
+__all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder"]
+
+MAX_PIXELS: Final = 178_956_970
+"""Default limit of width x height, that of Pillow: 512 MiB of RGB."""
+
+_MAX_BATCH_RETRIES: Final = 4
+_BAD_SAMPLE: Final = re.compile(r"sample #(\d+)")
+_16_BIT_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The result of decoding n encoded images.
+
+    Attributes
+    ----------
+    ok : ndarray of bool of shape (n,)
+        Which images decoded.
+    images : mapping of PixelView to torch.Tensor
+        Per view, uint8 of shape (n_ok, height, width, 3): the images that decoded, in order.
+    reasons : list of n str
+        Why an image did not decode; ``""`` if it did.
+    widths, heights : ndarray of int32 of shape (n,)
+        Pixels, orientation applied; of an undecoded image as its header says, or 0.
+    """
+
+    ok: npt.NDArray[np.bool_]
+    images: Mapping[PixelView, torch.Tensor]
+    reasons: list[str]
+    widths: npt.NDArray[np.int32]
+    heights: npt.NDArray[np.int32]
+
+
+class Decoder:
+    """Decode batches of images and bring them to fixed sizes.
+
+    Parameters
+    ----------
+    views : sequence of PixelView
+        The sizes to make.
+    backend : Backend
+        Decides between DALI's ``cpu`` and ``mixed`` operators.
+    batch_size : int
+        Largest number of images in a call.
+    num_threads : int
+        DALI's CPU threads.
+    max_pixels : int
+        Images with more pixels are refused before they are decoded.
+
+    Notes
+    -----
+    One object may serve one thread at a time: use :func:`borrow_decoder`.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[PixelView],
+        backend: Backend,
+        *,
+        batch_size: int,
+        num_threads: int,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.views = tuple(views)
+        self.backend = backend
+        self.batch_size = batch_size
+        self.max_pixels = max_pixels
+        self._num_threads = num_threads
+        self._from_bytes = self._build(decode=True)
+        self._from_pixels: Any = None
+
+    def decode(self, blobs: Sequence[bytes]) -> Decoded:
+        """Decode up to ``batch_size`` encoded images.
+
+        A broken image never raises: it is left out of the pixels and its reason is told.
+        """
+        n = len(blobs)
+        reasons = [""] * n
+        widths, heights = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        by_dali: list[int] = []
+        by_pillow: list[int] = []
+        for i, blob in enumerate(blobs):
+            found = probe(blob, max_pixels=self.max_pixels)
+            widths[i], heights[i] = _int32(found.width), _int32(found.height)
+            if found.route == "none":
+                reasons[i] = found.reason
+            else:
+                (by_dali if found.route == "dali" else by_pillow).append(i)
+        parts = self._decode_with_dali(blobs, by_dali, by_pillow)
+        for i in sorted(by_pillow):
+            try:
+                pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
+            except _UndecodableError as exc:
+                reasons[i] = str(exc)
+                continue
+            images, sizes = self._run(self._pixel_graph(), [pixels])
+            parts.append(([i], images, sizes))
+        return self._assemble(n, parts, reasons, widths, heights)
+
+    def _decode_with_dali(
+        self, blobs: Sequence[bytes], todo: Sequence[int], rejected: list[int]
+    ) -> list[tuple[list[int], list[torch.Tensor], npt.NDArray[np.int64]]]:
+        """Decode `todo`; what DALI cannot decode is appended to `rejected`.
+
+        DALI fails a batch as a whole. Its message mostly names the sample, which is taken out; if
+        it does not, or too many are bad, the images go through the graph one by one.
+        """
+        todo = list(todo)
+        for _ in range(_MAX_BATCH_RETRIES):
+            if not todo:
+                return []
+            try:
+                images, sizes = self._run(self._from_bytes, [np.frombuffer(blobs[i], np.uint8) for i in todo])
+            except RuntimeError as exc:
+                named = {int(m) for m in _BAD_SAMPLE.findall(str(exc))}
+                bad = {todo[k] for k in named if k < len(todo)}
+                if not bad:
+                    break
+                rejected.extend(sorted(bad))
+                todo = [i for i in todo if i not in bad]
+                continue
+            return [(todo, images, sizes)]
+        parts = []
+        for i in todo:
+            try:
+                images, sizes = self._run(self._from_bytes, [np.frombuffer(blobs[i], np.uint8)])
+            except RuntimeError:
+                rejected.append(i)
+                continue
+            parts.append(([i], images, sizes))
+        return parts
+
+    def _run(self, graph: Any, inputs: list[Any]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
+        outputs = graph.run(source=inputs)
+        if len(outputs[0]) != len(inputs):
+            raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(inputs)}: this is a bug")
+        # A copy, for DALI may use the memory again in the next run.
+        images = [torch.utils.dlpack.from_dlpack(out.as_tensor()).clone() for out in outputs[:-1]]
+        shapes = outputs[-1].as_cpu() if hasattr(outputs[-1], "as_cpu") else outputs[-1]
+        return images, np.asarray(shapes.as_array(), dtype=np.int64)[:, :2]
+
+    def _assemble(
+        self,
+        n: int,
+        parts: Sequence[tuple[list[int], list[torch.Tensor], npt.NDArray[np.int64]]],
+        reasons: list[str],
+        widths: npt.NDArray[np.int32],
+        heights: npt.NDArray[np.int32],
+    ) -> Decoded:
+        ok = np.zeros(n, dtype=bool)
+        order: list[int] = []
+        for indices, _, sizes in parts:
+            ok[indices] = True
+            heights[indices], widths[indices] = sizes[:, 0], sizes[:, 1]
+            order += indices
+        images = {}
+        for v, view in enumerate(self.views):
+            if not parts:
+                images[view] = torch.empty(
+                    (0, view.height, view.width, 3), dtype=torch.uint8, device=self.backend.torch_device
+                )
+            elif len(parts) == 1:
+                images[view] = parts[0][1][v]
+            else:
+                stacked = torch.cat([images_[v] for _, images_, _ in parts])
+                images[view] = stacked[torch.from_numpy(np.argsort(order)).to(stacked.device)]
+        return Decoded(ok, images, reasons, widths, heights)
+
+    def _pixel_graph(self) -> Any:
+        if self._from_pixels is None:
+            self._from_pixels = self._build(decode=False)
+        return self._from_pixels
+
+    def _build(self, *, decode: bool) -> Any:
+        from nvidia.dali import Pipeline, fn, math, types
+
+        # With a queue depth of one and run(source=...), a batch's outputs are those of its inputs.
+        graph = Pipeline(
+            batch_size=self.batch_size if decode else 1,
+            num_threads=self._num_threads,
+            device_id=self.backend.dali_device_id,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        with graph:
+            source = fn.external_source(name="source", device="cpu", layout=None if decode else "HWC")
+            if decode:
+                image = fn.decoders.image(source, device=self.backend.dali_device, output_type=types.RGB)
+            else:
+                image = source.gpu() if self.backend.is_gpu else source
+            graph.set_outputs(
+                *(_resized(fn, math, types, image, view) for view in self.views), image.shape(device="cpu")
+            )
+        graph.build()
+        return graph
+
+
+def _resized(fn: Any, math: Any, types: Any, image: Any, view: PixelView) -> Any:
+    interpolation = {
+        "bicubic": types.INTERP_CUBIC,
+        "bilinear": types.INTERP_TRIANGULAR,
+        "lanczos": types.INTERP_LANCZOS3,
+    }[view.interpolation]
+    options = {"interp_type": interpolation, "antialias": True}
+    size = [view.height, view.width]
+    if view.resize == "squash":
+        return fn.resize(image, size=size, mode="stretch", **options)
+    if view.resize == "longest":
+        resized = fn.resize(image, size=size, mode="not_larger", **options)
+        return fn.crop(resized, crop=size, out_of_bounds_policy="pad", fill_values=[float(view.fill)])
+    # Sizes and offsets are rounded as torchvision does it: the longer side down, the offset of the
+    # middle half to even. DALI's own rounding is one pixel off for one image in four.
+    shape = fn.cast(image.shape(device="cpu"), dtype=types.FLOAT)
+    rows, columns = shape[0], shape[1]
+    scale = math.max(view.height / rows, view.width / columns)
+    scaled = [math.floor(side * scale + 1e-3) for side in (rows, columns)]
+    resized = fn.resize(image, size=fn.stack(*scaled), mode="stretch", **options)
+    start = [_half_to_even(math, side - length) for side, length in zip(scaled, size, strict=True)]
+    return fn.slice(resized, start=fn.cast(fn.stack(*start), dtype=types.INT32), shape=size, axis_names="HW")
+
+
+def _half_to_even(math: Any, doubled: Any) -> Any:
+    """Return ``round(doubled / 2)`` for whole numbers, halves to even, in DALI arithmetic."""
+    odd = doubled - 2 * math.floor(doubled / 2)
+    return (1 - odd) * doubled / 2 + odd * 2 * math.floor((doubled + 1) / 4)
+
+
+class _UndecodableError(Exception):
+    """An image that Pillow cannot decode; the message is the row's reason."""
+
+
+_pillow_lock = threading.Lock()
+
+
+def decode_with_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Decode one image by the pixel rule.
+
+    Returns
+    -------
+    ndarray of shape (height, width, 3)
+        uint8 RGB, 0-255.
+    """
+    # Warning filters belong to the process: one thread at a time may change them.
+    with _pillow_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        format_ = ""
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                format_ = image.format or ""
+                if image.width * image.height > max_pixels:
+                    raise _UndecodableError(f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
+                image.load()
+                pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+        except _UndecodableError:
+            raise
+        except Exception as exc:
+            raise _UndecodableError(_reason(exc, format_)) from exc
+    if 0 in pixels.shape:
+        raise _UndecodableError(f"an image of {pixels.shape[1]}x{pixels.shape[0]} pixels")
+    return np.ascontiguousarray(pixels)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _16_BIT_MODES:
+        gray = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise _UndecodableError(f"unsupported pixel type: 32-bit {'integer' if image.mode == 'I' else 'float'}")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(exc: Exception, format_: str) -> str:
+    text = str(exc) or type(exc).__name__
+    lowered = text.lower()
+    if any(word in lowered for word in ("truncated", "not enough image data", "unexpected end", "broken data stream")):
+        return f"truncated {format_ or 'image'}: {text}"
+    return f"damaged {format_ or 'image'}: {text}"
+
+
+def _int32(value: int) -> int:
+    return min(value, 2**31 - 1)
+
+
+_idle: defaultdict[tuple[Any, ...], list[Decoder]] = defaultdict(list)
+_idle_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def borrow_decoder(
+    views: Sequence[PixelView],
+    backend: Backend,
+    *,
+    batch_size: int,
+    num_threads: int,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Decoder]:
+    """Borrow a decoder from this process's pool; graphs are built once and used for every partition."""
+    key = (tuple(views), backend, batch_size, num_threads, max_pixels)
+    with _idle_lock:
+        decoder = _idle[key].pop() if _idle[key] else None
+    if decoder is None:
+        decoder = Decoder(views, backend, batch_size=batch_size, num_threads=num_threads, max_pixels=max_pixels)
+    try:
+        yield decoder
+    finally:
+        with _idle_lock:
+            _idle[key].append(decoder)

@@ -1,0 +1,173 @@
+"""Pixels: DALI and Pillow, good images and bad ones, against open_clip's own preprocessing."""
+
+from __future__ import annotations
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from imgcurate.backend import Backend, get_backend
+from imgcurate.batches import PixelView
+from imgcurate.decode import Decoder, borrow_decoder, decode_with_pillow
+from imgcurate.errors import ConfigError
+from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
+
+CLIP = PixelView(224, 224)
+
+
+def make_decoder(backend: Backend, *views: PixelView, batch_size: int = 16) -> Decoder:
+    return Decoder(views or (CLIP,), backend, batch_size=batch_size, num_threads=2)
+
+
+def test_decode_keeps_the_order_around_bad_images(backend, photos, encode) -> None:
+    solid = [Image.new("RGB", (50, 40), (20 * i, 0, 255 - 20 * i)) for i in range(8)]
+    blobs = [encode(s, "PNG" if i % 2 else "JPEG") for i, s in enumerate(solid)]
+    blobs[2], blobs[4] = b"", encode(photos[0])[:700]
+    blobs[5] = encode(solid[5].convert("RGBA"), "PNG")
+    decoded = make_decoder(backend).decode(blobs)
+    assert decoded.ok.tolist() == [True, True, False, True, False, True, True, True]
+    assert decoded.reasons[2] == "0 bytes"
+    assert decoded.reasons[4].startswith("truncated JPEG")
+    means = decoded.images[CLIP].float().mean(dim=(1, 2)).cpu().numpy()
+    expected = [[20 * i, 0, 255 - 20 * i] for i in (0, 1, 3, 5, 6, 7)]
+    np.testing.assert_allclose(means, expected, atol=2)
+
+
+def test_decode_survives_a_batch_of_images_that_only_dali_finds_bad(backend, photos, encode) -> None:
+    blobs = [encode(p) for p in photos[:12]]
+    for i in (1, 3, 4, 6, 8, 9):
+        # The end marker is there, so the damage shows only while decoding.
+        middle = len(blobs[i]) // 4
+        blobs[i] = blobs[i][:200] + b"\xff\xd9" + blobs[i][middle : middle + 50] + b"\xff\xd9"
+    decoded = make_decoder(backend).decode(blobs)
+    assert decoded.ok[[0, 2, 5, 7, 10, 11]].all()
+    assert len(decoded.images[CLIP]) == decoded.ok.sum()
+    assert all(decoded.reasons[i] for i in np.flatnonzero(~decoded.ok))
+    alone = make_decoder(backend).decode([blobs[11]])
+    torch.testing.assert_close(decoded.images[CLIP][-1], alone.images[CLIP][0])
+
+
+def test_decode_gives_the_same_pixels_whatever_the_batch(backend, photos, encode) -> None:
+    blobs = [encode(p) for p in photos[:10]]
+    together = make_decoder(backend).decode(blobs).images[CLIP]
+    decoder = make_decoder(backend, batch_size=3)
+    apart = torch.cat([decoder.decode(blobs[i : i + 3]).images[CLIP] for i in range(0, 10, 3)])
+    assert torch.equal(together, apart)
+
+
+def test_decode_of_nothing_and_of_bad_images_alone(backend) -> None:
+    decoded = make_decoder(backend).decode([])
+    assert decoded.images[CLIP].shape == (0, 224, 224, 3)
+    decoded = make_decoder(backend).decode([b"", b"x"])
+    assert decoded.images[CLIP].shape == (0, 224, 224, 3)
+    assert not decoded.ok.any()
+
+
+def test_decode_makes_several_views_of_one_image(backend, photos, encode) -> None:
+    tall = Image.new("RGB", (40, 80), (200, 10, 10))
+    views = (PixelView(32, 32, "squash"), PixelView(32, 32, "longest", fill=7), PixelView(16, 24))
+    decoded = make_decoder(backend, *views).decode([encode(tall, "PNG")])
+    squashed, padded, cut = (decoded.images[v][0].cpu().numpy() for v in views)
+    assert (squashed.shape, padded.shape, cut.shape) == ((32, 32, 3), (32, 32, 3), (16, 24, 3))
+    assert (padded[:, :8] == 7).all()
+    assert (padded[:, -8:] == 7).all()
+    np.testing.assert_allclose(padded[:, 12:20].reshape(-1, 3), np.tile([200, 10, 10], (256, 1)), atol=1)
+    np.testing.assert_allclose(cut.reshape(-1, 3).mean(0), [200, 10, 10], atol=1)
+
+
+def test_decode_tells_the_displayed_size(backend, encode) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.new("RGB", (60, 30)), "JPEG", exif=exif)
+    decoded = make_decoder(backend).decode([data])
+    assert (decoded.widths[0], decoded.heights[0]) == (30, 60)
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (0, 0, 0, 128), (127, 127, 127)),
+        ("LA", (0, 255), (0, 0, 0)),
+        ("L", 90, (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("P", 0, (0, 0, 0)),
+    ],
+)
+def test_pixel_rule(mode: str, color, expected, encode) -> None:
+    pixels = decode_with_pillow(encode(Image.new(mode, (9, 9), color), "PNG"))
+    np.testing.assert_allclose(pixels[4, 4], expected, atol=1)
+
+
+def test_pixel_rule_scales_16_bit(encode) -> None:
+    ramp = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    pixels = decode_with_pillow(encode(Image.fromarray(ramp), "PNG"))
+    assert pixels[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_max_pixels_is_checked_before_decoding(backend, encode) -> None:
+    decoder = Decoder((CLIP,), backend, batch_size=2, num_threads=1, max_pixels=1000)
+    decoded = decoder.decode([encode(Image.new("RGB", (40, 40))), encode(Image.new("RGB", (30, 30)))])
+    assert decoded.ok.tolist() == [False, True]
+    assert "over the limit" in decoded.reasons[0]
+
+
+def test_borrow_decoder_reuses_graphs() -> None:
+    options = {"batch_size": 5, "num_threads": 1}
+    with (
+        borrow_decoder((CLIP,), get_backend("cpu"), **options) as first,
+        borrow_decoder((CLIP,), get_backend("cpu"), **options) as second,
+    ):
+        assert first is not second
+    with borrow_decoder((CLIP,), get_backend("cpu"), **options) as again:
+        assert again in (first, second)
+
+
+def test_pixel_view_checks_its_values() -> None:
+    with pytest.raises(ConfigError, match="resize='fit'"):
+        PixelView(8, 8, "fit")
+    with pytest.raises(ConfigError, match="outside"):
+        PixelView(0, 8)
+
+
+def real_images(data_dir, n: int) -> list[bytes]:
+    photos = [p.read_bytes() for p in sorted((data_dir / "photos" / "clothing").glob("*.jpg"))[: n // 2]]
+    return photos + [p.read_bytes() for p in sorted((data_dir / "photos" / "kodak").glob("*.png"))[: n - n // 2]]
+
+
+def test_preprocessing_matches_open_clip(data_dir, record_property) -> None:
+    """DALI's pixels against those of open_clip's own transform, and the embeddings of both."""
+    import io
+
+    blobs = real_images(data_dir, 16)
+    encoder = OpenClipEncoder(EncoderSpec("ViT-B-32", "random", batch_size=16, precision="fp32"), get_backend("cpu"))
+    ours = make_decoder(get_backend("cpu")).decode(blobs).images[CLIP]
+    cfg = open_clip.transform.PreprocessCfg(mean=(0, 0, 0), std=(1, 1, 1))
+    transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
+    theirs = (
+        torch.stack([transform(Image.open(io.BytesIO(b))) for b in blobs]).mul(255).round().byte().permute(0, 2, 3, 1)
+    )
+    difference = (ours.float() - theirs.float()).abs().mean().item()
+    cosine = (encoder(ours) * encoder(theirs.contiguous())).sum(dim=1).min().item()
+    record_property("mean_absolute_difference", difference)
+    record_property("min_cosine", cosine)
+    assert difference < 0.75
+    assert cosine > 0.9999
+
+
+def test_golden_pixels_pass_through_unchanged(data_dir, encode) -> None:
+    """Photos that have the model's size already, as CLIP's own preprocessing left them."""
+    golden = np.load(data_dir / "weights" / "golden" / "clip_vit_b32_clip-retrieval7.npz")["pixel"]
+    mean = np.array([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)
+    std = np.array([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
+    pixels = np.round((golden * std + mean) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    encoder = OpenClipEncoder(EncoderSpec("ViT-B-32", "random", batch_size=8, precision="fp32"), get_backend("cpu"))
+    ours = make_decoder(get_backend("cpu")).decode([encode(p, "PNG") for p in pixels]).images[CLIP]
+    assert np.abs(ours.numpy().astype(int) - pixels).max() == 0
+    normalised = ours.permute(0, 3, 1, 2).float() * encoder._scale + encoder._shift
+    assert np.abs(normalised.numpy() - golden).max() < 1e-5
+    with torch.inference_mode():
+        theirs = torch.nn.functional.normalize(encoder._visual(torch.from_numpy(golden)), dim=1)
+    assert (encoder(ours) * theirs).sum(dim=1).min() > 0.999999
