@@ -1,0 +1,1 @@
+"""Encoders and heads: what they are, their weights, and how they run."""

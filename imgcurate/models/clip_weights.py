@@ -1,0 +1,231 @@
+"""open_clip weights: where they are, how they get there, what they are, and how to load them safely."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from imgcurate.errors import ConfigError, WeightsError
+from imgcurate.models.weights import default_model_dir, file_sha256
+
+__all__ = ["ClipWeights", "embed_dim", "find", "identity", "load"]
+
+RANDOM: Final = "random"
+_SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClipWeights:
+    """The weights of an open_clip model, found on disk.
+
+    Attributes
+    ----------
+    model : str
+        Architecture.
+    path : Path or None
+        The file; None for random weights.
+    identity : str
+        ``ViT-L-14/openai``; of a file that is not known, ``ViT-L-14/sha256:`` and 16 digits.
+    quick_gelu : bool
+        Whether the weights were trained with QuickGELU, as OpenAI's were.
+    openai_archive : bool
+        Whether the file is one of OpenAI's TorchScript archives, by its checksum.
+    preprocess : dict
+        ``size`` (height, width), ``mean``, ``std``, ``interpolation``, ``resize_mode``, ``fill_color``.
+    """
+
+    model: str
+    path: Path | None
+    identity: str
+    quick_gelu: bool
+    openai_archive: bool
+    preprocess: dict[str, Any]
+
+    def sha256(self) -> str:
+        """Return the checksum of the file; of random weights the words ``random, seed 0``."""
+        return file_sha256(self.path) if self.path else "random, seed 0"
+
+
+def find(model: str, pretrained: str, model_dir: str | None = None) -> ClipWeights:
+    """Find the weights of a model, downloading them into `model_dir` if they are not there.
+
+    Parameters
+    ----------
+    model : str
+        An open_clip architecture.
+    pretrained : str
+        An open_clip tag, the path of a file, or ``random``.
+    model_dir : str, optional
+        Looked through first for ``<model>-<tag>.safetensors`` (or .pt, .pth, .bin) and OpenAI's own
+        file name; downloads of open_clip are kept there. Default: :func:`default_model_dir`.
+
+    Raises
+    ------
+    ConfigError
+        If `pretrained` is neither a tag of the model nor a file.
+    WeightsError
+        If the weights cannot be downloaded.
+    """
+    import open_clip.pretrained as registry
+
+    if pretrained == RANDOM:
+        quick = bool(_model_config(model).get("quick_gelu", False))
+        return ClipWeights(model, None, f"{model}/{RANDOM}", quick, False, _preprocess(model, None))
+    cfg = registry.get_pretrained_cfg(model, pretrained)
+    if cfg:
+        path = _find_file(model, pretrained, cfg, model_dir) or _download(model, pretrained, cfg, model_dir)
+        archive = path.suffix == ".pt" and file_sha256(path) in _openai_checksums()
+        quick = bool(cfg.get("quick_gelu", False) or _model_config(model).get("quick_gelu", False))
+        return ClipWeights(model, path, identity(model, pretrained), quick, archive, _preprocess(model, cfg))
+    path = Path(pretrained).expanduser()
+    if not path.is_file():
+        tags = registry.list_pretrained_tags_by_model(model)
+        raise ConfigError(
+            f"pretrained={pretrained!r} is neither a file nor a tag of {model}: "
+            f"its tags are {', '.join(tags) or 'none'}; 'random' gives random weights"
+        )
+    checksum = file_sha256(path)
+    openai = checksum in _openai_checksums()
+    quick = openai or bool(_model_config(model).get("quick_gelu", False))
+    name = _base_name(model) + "/openai" if openai else f"{model}/sha256:{checksum[:16]}"
+    tag_cfg = registry.get_pretrained_cfg(model, "openai") if openai else None
+    return ClipWeights(model, path, name, quick, openai, _preprocess(model, tag_cfg))
+
+
+def identity(model: str, pretrained: str, model_dir: str | None = None) -> str:
+    """Return the identity of a model's embeddings without downloading anything."""
+    import open_clip.pretrained as registry
+
+    if pretrained == RANDOM:
+        return f"{model}/{RANDOM}"
+    cfg = registry.get_pretrained_cfg(model, pretrained)
+    if cfg:
+        # "ViT-L-14-quickgelu" is the same network as "ViT-L-14" with weights that want QuickGELU.
+        return f"{_base_name(model) if cfg.get('quick_gelu') else model}/{pretrained}"
+    return find(model, pretrained, model_dir).identity
+
+
+def load(weights: ClipWeights) -> Any:
+    """Build the open_clip model and load its weights, without running any code from the file.
+
+    Raises
+    ------
+    WeightsError
+        If the file is damaged or does not fit the architecture.
+    """
+    import open_clip
+    from open_clip.factory import load_checkpoint
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model(
+            weights.model, load_weights=False, pretrained_text=False, force_quick_gelu=weights.quick_gelu
+        )
+    if weights.path is None:
+        return model
+    try:
+        if weights.openai_archive:
+            state = torch.jit.load(str(weights.path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+            for key in ("input_resolution", "context_length", "vocab_size"):
+                state.pop(key, None)
+            model.load_state_dict(state, strict=True)
+        else:
+            load_checkpoint(model, str(weights.path), strict=True, weights_only=True)
+    except Exception as exc:
+        first = (str(exc) or type(exc).__name__).strip().splitlines()[0]
+        raise WeightsError(f"{weights.path} does not hold weights of {weights.model}: {first}") from exc
+    return model
+
+
+def embed_dim(model: str) -> int:
+    """Return the length of a model's embeddings."""
+    return int(_model_config(model)["embed_dim"])
+
+
+def _find_file(model: str, tag: str, cfg: dict[str, Any], model_dir: str | None) -> Path | None:
+    folder = Path(model_dir).expanduser() if model_dir else default_model_dir()
+    names = [f"{name}-{tag}{suffix}" for name in dict.fromkeys((model, _base_name(model))) for suffix in _SUFFIXES]
+    if tag == "openai" and cfg.get("url"):
+        names.append(cfg["url"].rsplit("/", 1)[-1])
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _download(model: str, tag: str, cfg: dict[str, Any], model_dir: str | None) -> Path:
+    folder = Path(model_dir).expanduser() if model_dir else default_model_dir()
+    logger.info("the weights of %s/%s are not in %s: downloading them", model, tag, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if cfg.get("hf_hub"):
+            return _download_from_hub(cfg["hf_hub"], folder)
+        from open_clip.pretrained import download_pretrained
+
+        return Path(download_pretrained(cfg, cache_dir=str(folder)))
+    except Exception as exc:
+        source = f"the hub ({cfg['hf_hub'].rstrip('/')})" if cfg.get("hf_hub") else cfg.get("url", "its publisher")
+        raise WeightsError(
+            f"the weights of {model}/{tag} are not in {folder} and could not be downloaded from {source}. "
+            f"Offline: put them there as {model}-{tag}.safetensors (or .pt), name the folder with model_dir / "
+            "--model-dir, or use the encoder tiny-image, which needs none"
+        ) from exc
+
+
+def _download_from_hub(place: str, folder: Path) -> Path:
+    """Download ``org/repository/[file]`` into the hub's cache in `folder`, safetensors if there are any.
+
+    open_clip's own function takes a hub that is out of reach for a file that is not there, and
+    tries every name, each with all retries.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, file = place.rpartition("/")
+    names = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    if file:
+        names = [*([str(Path(file).with_suffix(".safetensors"))] if file.endswith((".bin", ".pth")) else []), file]
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name, cache_dir=str(folder)))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            continue
+    raise WeightsError(f"{repository} holds none of {', '.join(names)}")
+
+
+def _preprocess(model: str, cfg: dict[str, Any] | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    merged: dict[str, Any] = merge_preprocess_dict(asdict(PreprocessCfg()), cfg or {})
+    size = _model_config(model)["vision_cfg"].get("image_size", 224)
+    merged["size"] = (size, size) if isinstance(size, int) else tuple(size)
+    return merged
+
+
+def _base_name(model: str) -> str:
+    return model.removesuffix("-quickgelu")
+
+
+@functools.cache
+def _model_config(model: str) -> dict[str, Any]:
+    import open_clip
+
+    config: dict[str, Any] = open_clip.get_model_config(model)
+    return config
+
+
+@functools.cache
+def _openai_checksums() -> frozenset[str]:
+    """Return the SHA-256 of OpenAI's own files, which their URLs contain."""
+    import open_clip.pretrained as registry
+
+    models = registry.list_pretrained_models_by_tag("openai")
+    urls = [registry.get_pretrained_cfg(m, "openai").get("url", "") for m in models]
+    return frozenset(url.split("/")[-2] for url in urls if url.count("/") > 2)

@@ -1,0 +1,234 @@
+"""Image encoders: uint8 pixels in, unit-norm embeddings out.
+
+An encoder is known by its *identity*, ``"ViT-L-14/openai"`` or ``"tiny-image"``, which goes into
+every row beside the embedding: heads refuse the embeddings of a model that they were not trained on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.nn import functional as F
+
+from imgcurate.backend import Backend
+from imgcurate.batches import PixelView
+from imgcurate.errors import ConfigError
+from imgcurate.models import clip_weights
+
+__all__ = [
+    "PRECISIONS",
+    "TINY_IMAGE",
+    "Encoder",
+    "EncoderSpec",
+    "OpenClipEncoder",
+    "TinyImageEncoder",
+    "load_encoder",
+]
+
+TINY_IMAGE: Final = "tiny-image"
+PRECISIONS: Final = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """Which encoder to load; small, hashable and picklable.
+
+    Attributes
+    ----------
+    model : str
+        An open_clip architecture such as ``ViT-L-14``, or ``tiny-image``.
+    pretrained : str
+        An open_clip tag such as ``openai``, the path of a weights file, or ``random`` for random
+        weights (seed 0), which are good for measuring speed alone.
+    model_dir : str, optional
+        Folder where weights are looked for and downloaded to.
+    precision : {"auto", "fp32", "bf16"}
+        Type of the weights in the model; ``auto`` is bf16 where the hardware computes in it.
+    batch_size : int
+        Images per forward pass.
+    """
+
+    model: str
+    pretrained: str = "openai"
+    model_dir: str | None = None
+    precision: str = "auto"
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if self.batch_size < 1:
+            raise ConfigError(f"model_inference_batch_size={self.batch_size} should be >= 1")
+        if self.model != TINY_IMAGE:
+            names = _open_clip_models()
+            if self.model not in names:
+                near = difflib.get_close_matches(self.model, [*names, TINY_IMAGE], n=3, cutoff=0.4)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise ConfigError(f"unknown encoder {self.model!r}: expected an open_clip model or {TINY_IMAGE}{hint}")
+
+    def identity(self) -> str:
+        """Return the identity of the embeddings, such as ``ViT-L-14/openai``; computes no model."""
+        if self.model == TINY_IMAGE:
+            return TINY_IMAGE
+        return clip_weights.identity(self.model, self.pretrained, self.model_dir)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what decides the embeddings' values: identity and the checksum of the weights.
+
+        Downloads the weights if they are not there.
+        """
+        if self.model == TINY_IMAGE:
+            return {"encoder": TINY_IMAGE}
+        found = clip_weights.find(self.model, self.pretrained, self.model_dir)
+        return {"encoder": found.identity, "weights_sha256": found.sha256(), "precision": self.precision}
+
+
+class Encoder(ABC):
+    """Turn pixels into unit-norm embeddings.
+
+    Attributes
+    ----------
+    identity : str
+        The name that goes beside the embeddings.
+    dim : int
+        Length of an embedding.
+    view : PixelView
+        The pixels that it takes.
+    """
+
+    identity: str
+    dim: int
+    view: PixelView
+
+    @abstractmethod
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode images.
+
+        Parameters
+        ----------
+        pixels : torch.Tensor of shape (n, height, width, 3)
+            uint8 RGB, 0-255, in the size of :attr:`view`, on the encoder's device.
+
+        Returns
+        -------
+        torch.Tensor of shape (n, dim)
+            float32, unit L2 norm, on the same device.
+        """
+
+
+class TinyImageEncoder(Encoder):
+    """The 16 x 16 RGB thumbnail, zero mean and unit norm: 768 values, no weights.
+
+    Close in this space means close as a picture: it finds resized, recompressed, brightened copies,
+    and knows nothing of what a picture shows.
+
+    References
+    ----------
+    Torralba, Fergus, Freeman: 80 Million Tiny Images. IEEE TPAMI 30 (11), 2008.
+    """
+
+    identity = TINY_IMAGE
+    dim = 16 * 16 * 3
+    view = PixelView(16, 16, resize="squash", interpolation="bilinear")
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode images; an image of one single colour has the zero vector."""
+        flat = pixels.reshape(len(pixels), -1).to(torch.float32)
+        return F.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
+
+
+class OpenClipEncoder(Encoder):
+    """The image tower of an open_clip model.
+
+    Parameters
+    ----------
+    spec : EncoderSpec
+        Architecture, weights and precision.
+    backend : Backend
+        Where to run.
+
+    Raises
+    ------
+    WeightsError
+        If the weights are missing and cannot be downloaded, or do not fit the model.
+
+    Notes
+    -----
+    Forward passes have a fixed batch size, the last one padded, so that an embedding does not
+    depend on how many images are in the batch.
+    """
+
+    def __init__(self, spec: EncoderSpec, backend: Backend) -> None:
+        weights = clip_weights.find(spec.model, spec.pretrained, spec.model_dir)
+        self.identity = weights.identity
+        self._batch_size = spec.batch_size
+        self._dtype = torch.bfloat16 if _use_bf16(spec.precision, backend) else torch.float32
+        cfg = weights.preprocess
+        height, width = cfg["size"]
+        self.view = PixelView(height, width, cfg["resize_mode"], cfg["interpolation"], int(cfg["fill_color"]))
+        model = clip_weights.load(weights)
+        self.dim = clip_weights.embed_dim(spec.model)
+        # The text tower is not needed; dropping it frees its memory.
+        self._visual = model.visual.to(device=backend.torch_device, dtype=self._dtype).eval()
+        self._scale, self._shift = _normalisation(cfg["mean"], cfg["std"], backend.torch_device)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode images; see :class:`Encoder`."""
+        size = self._batch_size
+        chunks = []
+        for start in range(0, len(pixels), size):
+            chunk = pixels[start : start + size]
+            missing = size - len(chunk)
+            if missing:
+                chunk = torch.cat([chunk, chunk.new_zeros((missing, *chunk.shape[1:]))])
+            planes = chunk.permute(0, 3, 1, 2).to(torch.float32) * self._scale + self._shift
+            features = self._visual(planes.to(self._dtype))
+            if isinstance(features, tuple):
+                features = features[0]
+            chunks.append(F.normalize(features.float(), dim=-1)[: size - missing])
+        if not chunks:
+            return torch.empty((0, self.dim), device=pixels.device)
+        return torch.cat(chunks)
+
+
+_load_lock = threading.Lock()
+
+
+def load_encoder(spec: EncoderSpec, backend: Backend) -> Encoder:
+    """Return the encoder of a spec; its weights are loaded once per process."""
+    with _load_lock:
+        return _load_encoder(spec, backend)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_encoder(spec: EncoderSpec, backend: Backend) -> Encoder:
+    return TinyImageEncoder() if spec.model == TINY_IMAGE else OpenClipEncoder(spec, backend)
+
+
+@functools.cache
+def _open_clip_models() -> tuple[str, ...]:
+    import open_clip
+
+    return tuple(open_clip.list_models())
+
+
+def _use_bf16(precision: str, backend: Backend) -> bool:
+    if precision == "auto":
+        if backend.is_gpu:
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        # Without these instructions bf16 is emulated, slower than float32.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return precision == "bf16"
+
+
+def _normalisation(mean: Any, std: Any, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    mean_ = torch.tensor(mean, dtype=torch.float64).reshape(1, 3, 1, 1)
+    std_ = torch.tensor(std, dtype=torch.float64).reshape(1, 3, 1, 1)
+    return (1 / (255 * std_)).float().to(device), (-mean_ / std_).float().to(device)
