@@ -104,7 +104,7 @@ class Backend:
             dtype: Any = schema.pandas_dtype(field.name, field.type)
             column = table.column(field.name)
             if isinstance(dtype, pd.api.extensions.ExtensionDtype):
-                columns[field.name] = pd.Series(dtype.__from_arrow__(column))
+                columns[field.name] = pd.Series(dtype.__from_arrow__(column))  # type: ignore[attr-defined]
             else:
                 columns[field.name] = column.to_pandas().astype(dtype)
         return pd.DataFrame(columns)

@@ -284,7 +284,7 @@ def decode_with_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDAr
         except _UndecodableError:
             raise
         except Exception as exc:
-            raise _UndecodableError(_reason(exc, format_)) from exc
+            raise _UndecodableError(_reason(exc, format_ or probe(data).format)) from exc
     if 0 in pixels.shape:
         raise _UndecodableError(f"an image of {pixels.shape[1]}x{pixels.shape[0]} pixels")
     return np.ascontiguousarray(pixels)

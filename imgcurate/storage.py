@@ -39,6 +39,7 @@ __all__ = [
     "make_folder",
     "open_source",
     "read_bytes",
+    "read_ranges",
     "remove",
     "remove_tree",
 ]
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS: Final = 6
 _FIRST_DELAY_S: Final = 0.2
 _MAX_BRACE_URLS: Final = 10_000_000
+_MAX_GAP_BYTES: Final = 256 * 1024
+_MAX_BLOCK_BYTES: Final = 16 * 1024 * 1024
 _PERMANENT: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -284,6 +287,25 @@ def read_bytes(url: str, storage_options: StorageOptions | None = None) -> bytes
         return source.pread(0, source.size)
     finally:
         source.close()
+
+
+def read_ranges(source: Source, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Read byte ranges (offset, length), joining neighbours into one request."""
+    blobs: list[bytes] = []
+    first = 0
+    while first < len(ranges):
+        begin, end = ranges[first][0], sum(ranges[first])
+        last = first + 1
+        while last < len(ranges):
+            offset, length = ranges[last]
+            if not end <= offset <= end + _MAX_GAP_BYTES or offset + length - begin > _MAX_BLOCK_BYTES:
+                break
+            end = offset + length
+            last += 1
+        block = source.pread(begin, end - begin)
+        blobs.extend(block[o - begin : o - begin + n] for o, n in ranges[first:last])
+        first = last
+    return blobs
 
 
 def remove(url: str, storage_options: StorageOptions | None = None) -> None:

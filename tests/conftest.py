@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,15 +52,20 @@ def photos() -> list[Image.Image]:
     """Return 60 distinct pieces of real photos, 96 to 160 pixels a side."""
     from imgcurate.demo import _photos
 
-    pieces = []
-    for name, photo in _photos():
-        if name in {"brick", "grass", "gravel", "moon"}:
-            continue
-        for k in range(5):
-            side = 96 + 16 * k
-            x = (photo.width - side) * (k % 3) // 2
-            y = (photo.height - side) * (k // 3) // 2 + k
-            pieces.append(photo.crop((x, y, x + side, y + side - 16)))
+    pieces: list[Image.Image] = []
+    thumbnails: list[np.ndarray] = []
+    for k, (_, photo) in itertools.product(range(8), _photos()):
+        side = 96 + 16 * (k % 5)
+        x = (photo.width - side) * (k % 3) // 2
+        y = (photo.height - side) * (k // 3) // 2 + k % 3
+        piece = photo.crop((x, y, x + side, y + side - 16))
+        thumbnail = np.asarray(piece.resize((16, 16)), dtype=float).reshape(-1)
+        thumbnail -= thumbnail.mean()
+        contrast = thumbnail.std()
+        thumbnail /= np.linalg.norm(thumbnail)
+        if contrast > 25 and all(thumbnail @ t < 0.8 for t in thumbnails):
+            pieces.append(piece)
+            thumbnails.append(thumbnail)
     return pieces[:60]
 
 

@@ -1,0 +1,106 @@
+"""Curate image data sets in WebDataset shards, on Dask.
+
+tar shards -> index frame -> image batches -> embeddings -> scores -> masks -> clusters ->
+duplicates -> tar shards
+
+Two faces over one implementation: stages (:class:`Pipeline`) for runs that are recorded and can be
+resumed, and functions on Dask frames (:func:`read_webdataset`, :func:`embed` ...) for people who
+think in frames.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imgcurate.batches import ImageBatch, PixelView
+    from imgcurate.cluster import open_client
+    from imgcurate.errors import ImgcurateError
+    from imgcurate.frame import read_webdataset
+    from imgcurate.pipeline import Pipeline, Result
+    from imgcurate.stages import (
+        DatasetStage,
+        FilePartitioningStage,
+        ImageAestheticFilterStage,
+        ImageEmbeddingStage,
+        ImageNSFWFilterStage,
+        ImageReaderStage,
+        ImageWriterStage,
+        ProcessingStage,
+        Rule,
+        SemanticDedupStage,
+        Worker,
+        embed,
+        score_aesthetic,
+        score_nsfw,
+        semantic_dedup,
+        write_webdataset,
+    )
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that the command line answers --help without loading torch.
+_HOMES = {
+    "ImageBatch": "batches",
+    "PixelView": "batches",
+    "open_client": "cluster",
+    "ImgcurateError": "errors",
+    "read_webdataset": "frame",
+    "Pipeline": "pipeline",
+    "Result": "pipeline",
+    "DatasetStage": "stages",
+    "FilePartitioningStage": "stages",
+    "ImageAestheticFilterStage": "stages",
+    "ImageEmbeddingStage": "stages",
+    "ImageNSFWFilterStage": "stages",
+    "ImageReaderStage": "stages",
+    "ImageWriterStage": "stages",
+    "ProcessingStage": "stages",
+    "Rule": "stages",
+    "SemanticDedupStage": "stages",
+    "Worker": "stages",
+    "embed": "stages",
+    "score_aesthetic": "stages",
+    "score_nsfw": "stages",
+    "semantic_dedup": "stages",
+    "write_webdataset": "stages",
+}
+
+__all__ = [
+    "DatasetStage",
+    "FilePartitioningStage",
+    "ImageAestheticFilterStage",
+    "ImageBatch",
+    "ImageEmbeddingStage",
+    "ImageNSFWFilterStage",
+    "ImageReaderStage",
+    "ImageWriterStage",
+    "ImgcurateError",
+    "Pipeline",
+    "PixelView",
+    "ProcessingStage",
+    "Result",
+    "Rule",
+    "SemanticDedupStage",
+    "Worker",
+    "embed",
+    "open_client",
+    "read_webdataset",
+    "score_aesthetic",
+    "score_nsfw",
+    "semantic_dedup",
+    "write_webdataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'imgcurate' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"imgcurate.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

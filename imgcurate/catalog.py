@@ -1,0 +1,363 @@
+"""A run's record in its output folder: the manifest, the catalog, and the checkpoints of its phases.
+
+::
+
+    OUT/manifest.json                    what ran, on what, and how it ended
+    OUT/catalog/part-00000.parquet       every row of the first partition
+    OUT/checkpoint/01-.../part-00000...  what a later phase changed, until the run is done
+    OUT/shards/00000.tar, .parquet       the kept samples
+
+The first phase writes the parts of the catalog. Each later phase writes, per part, only the columns
+that it sets (a *delta*); when all phases are done the deltas are merged into the parts, which can be
+repeated at any time with the same result. Every file appears whole or not at all, so a run that was
+killed goes on with the files that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+import dask.dataframe as dd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcurate import schema
+from imgcurate.backend import get_backend
+from imgcurate.errors import CatalogError
+from imgcurate.storage import (
+    StorageOptions,
+    atomic_write,
+    exists,
+    join_url,
+    list_files,
+    make_folder,
+    open_source,
+    read_bytes,
+    remove_tree,
+)
+
+__all__ = [
+    "Catalog",
+    "Manifest",
+    "fingerprint",
+    "part_name",
+    "read_batch",
+    "read_parquet",
+    "write_batches",
+    "write_parquet",
+]
+
+MANIFEST: Final = "manifest.json"
+_FORMAT: Final = 1
+_ROW_GROUP_ROWS: Final = 16_384
+
+
+def part_name(number: int) -> str:
+    """Return the file name of a part."""
+    return f"part-{number:05d}.parquet"
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """Return a SHA-256 over plain data, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_parquet(url: str, table: pa.Table, storage_options: StorageOptions | None = None) -> None:
+    """Write a table atomically; columns of lists of floats uncompressed, for they do not compress."""
+    floats = {f"{f.name}.list.element" for f in table.schema if _is_float_list(f.type)}
+    paths = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in table.schema]
+    with atomic_write(url, storage_options) as out:
+        pq.write_table(
+            table.replace_schema_metadata(None),
+            out,
+            row_group_size=_ROW_GROUP_ROWS,
+            compression={p: "NONE" if p in floats else "ZSTD" for p in paths},
+            use_dictionary=[p for p in paths if p not in floats],
+        )
+
+
+def read_parquet(
+    url: str, columns: Sequence[str] | None = None, storage_options: StorageOptions | None = None
+) -> pa.Table:
+    """Read a Parquet file that imgcurate wrote.
+
+    Raises
+    ------
+    CatalogError
+        If the file is damaged or lacks a column.
+    """
+    source = open_source(url, storage_options)
+    try:
+        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+            return pq.read_table(file, columns=None if columns is None else list(columns))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as exc:
+        raise CatalogError(f"cannot read {url}: {exc}") from exc
+    finally:
+        source.close()
+
+
+def write_batches(url: str, batches: Sequence[pa.RecordBatch], storage_options: StorageOptions | None = None) -> None:
+    """Write record batches of one schema as an Arrow file, atomically."""
+    with atomic_write(url, storage_options) as out, pa.ipc.new_file(out, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def read_batch(url: str, number: int, storage_options: StorageOptions | None = None) -> pa.RecordBatch:
+    """Read one record batch of an Arrow file, and no other.
+
+    Raises
+    ------
+    CatalogError
+        If the file is damaged.
+    """
+    source = open_source(url, storage_options)
+    try:
+        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+            return pa.ipc.open_file(file).get_batch(number)
+    except (pa.ArrowException, OSError, ValueError) as exc:
+        raise CatalogError(f"cannot read {url}: {exc}") from exc
+    finally:
+        source.close()
+
+
+def _is_float_list(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_list(type_) and pa.types.is_floating(type_.value_type))
+
+
+class _SourceFile:
+    """The few methods of a file that Arrow calls, over a :class:`Source`."""
+
+    def __init__(self, source: Any) -> None:
+        self._source, self._position, self.closed = source, 0, False
+
+    def read(self, n: int = -1) -> bytes:
+        data: bytes = self._source.pread(self._position, self._source.size - self._position if n < 0 else n)
+        self._position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        base = (0, self._position, self._source.size)[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Manifest:
+    """What ran, on what, and how it ended; one JSON file.
+
+    Attributes
+    ----------
+    fingerprint : str
+        SHA-256 of all that decides the results.
+    config : dict
+        The stages with their parameters, the inputs and the versions that the fingerprint covers.
+    state : {"running", "done"}
+        ``done`` once every phase ended and the accounting was checked.
+    n_parts : int
+        Parts of the catalog.
+    samples : int
+        Input samples; 0 while running.
+    counts : dict of str to int
+        Samples by status.
+    shards : list of dict
+        ``name``, ``samples`` and ``nbytes`` of each output shard.
+    """
+
+    fingerprint: str
+    config: dict[str, Any]
+    n_parts: int
+    state: str = "running"
+    samples: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    timings_s: dict[str, float] = field(default_factory=dict)
+
+    def save(self, folder: str, storage_options: StorageOptions | None = None) -> None:
+        """Write ``folder/manifest.json`` atomically."""
+        content = {"format": _FORMAT, **self.__dict__}
+        with atomic_write(join_url(folder, MANIFEST), storage_options) as out:
+            out.write(json.dumps(content, indent=1, default=str).encode())
+
+    @staticmethod
+    def load(folder: str, storage_options: StorageOptions | None = None) -> Manifest | None:
+        """Read ``folder/manifest.json``; None if there is none.
+
+        Raises
+        ------
+        CatalogError
+            If it cannot be understood.
+        """
+        url = join_url(folder, MANIFEST)
+        if not exists(url, storage_options):
+            return None
+        try:
+            content = json.loads(read_bytes(url, storage_options))
+            if content.pop("format") != _FORMAT:
+                raise CatalogError(f"{url} was written by another version of imgcurate")
+            return Manifest(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise CatalogError(f"{url} is damaged: {exc}") from exc
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The Parquet parts of a run and their deltas; small and picklable, so tasks carry it.
+
+    Attributes
+    ----------
+    folder : str
+        The run's output folder.
+    n_parts : int
+        Number of parts, one per partition.
+    phases : tuple of str
+        Names of the phases that have run after the first, in order: each has a folder of deltas.
+    storage_options : mapping, optional
+        Passed to fsspec.
+    """
+
+    folder: str
+    n_parts: int
+    phases: tuple[str, ...] = ()
+    storage_options: StorageOptions | None = None
+
+    @property
+    def parts_folder(self) -> str:
+        """URL of the folder with the parts."""
+        return join_url(self.folder, "catalog")
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """URL of the folder that is removed when the run is done."""
+        return join_url(self.folder, "checkpoint")
+
+    def part_url(self, number: int) -> str:
+        """Return the URL of a part."""
+        return join_url(self.parts_folder, part_name(number))
+
+    def phase_folder(self, phase: str) -> str:
+        """Return the URL of a phase's deltas."""
+        return join_url(self.checkpoint_folder, phase)
+
+    def with_phase(self, phase: str) -> Catalog:
+        """Return the catalog as it is after one more phase."""
+        return Catalog(self.folder, self.n_parts, (*self.phases, phase), self.storage_options)
+
+    def make_folders(self) -> None:
+        """Make the folders that parts and deltas are written to."""
+        for folder in (self.parts_folder, *map(self.phase_folder, self.phases)):
+            make_folder(folder, self.storage_options)
+
+    def missing_parts(self) -> list[int]:
+        """Return the numbers of the parts that the first phase has not written yet."""
+        return self._missing(self.parts_folder)
+
+    def missing_deltas(self) -> list[int]:
+        """Return the numbers of the parts for which the last phase has not written its delta yet."""
+        return self._missing(self.phase_folder(self.phases[-1]))
+
+    def _missing(self, folder: str) -> list[int]:
+        there = set(list_files(folder, ".parquet", self.storage_options))
+        return [i for i in range(self.n_parts) if part_name(i) not in there]
+
+    def write_part(self, number: int, table: pa.Table) -> None:
+        """Write a part of the first phase, or the merged one."""
+        write_parquet(self.part_url(number), table, self.storage_options)
+
+    def write_delta(self, number: int, table: pa.Table) -> None:
+        """Write what the last phase set in a part."""
+        url = join_url(self.phase_folder(self.phases[-1]), part_name(number))
+        write_parquet(url, table, self.storage_options)
+
+    def read(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read a part as it is after :attr:`phases`.
+
+        Parameters
+        ----------
+        number : int
+            The part.
+        columns : sequence of str, optional
+            Columns to read; by default all.
+        """
+        names = list(columns) if columns is not None else None
+        merged: dict[str, Any] = {}
+        for phase in reversed(self.phases):
+            url = join_url(self.phase_folder(phase), part_name(number))
+            there = _parquet_columns(url, self.storage_options)
+            wanted = [c for c in there if c not in merged and (names is None or c in names)]
+            if wanted:
+                delta = read_parquet(url, wanted, self.storage_options)
+                merged |= {c: delta[c] for c in wanted}
+        url = self.part_url(number)
+        rest = None if names is None else [c for c in names if c not in merged]
+        if rest is None or rest or not merged:
+            base = read_parquet(url, rest, self.storage_options)
+            merged = {c: base[c] for c in base.column_names if c not in merged} | merged
+        types = {name: column.type for name, column in merged.items()}
+        order = schema.arrow_schema(types, types).names if names is None else names
+        return pa.table({name: merged[name] for name in order})
+
+    def merge(self, number: int) -> None:
+        """Merge the deltas into a part; repeating it changes nothing."""
+        if self.phases:
+            self.write_part(number, self.read(number))
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of the parts after :attr:`phases`, read from the first part."""
+        return self.read(0).schema
+
+    def frame(self, columns: Sequence[str] | None = None, *, device: str = "auto") -> dd.DataFrame:
+        """Return the catalog as a lazy Dask DataFrame, a partition per part."""
+        names = list(columns) if columns is not None else self.schema.names
+        backend = get_backend(device)
+        return dd.from_map(
+            _read_frame,
+            list(range(self.n_parts)),
+            catalog=self,
+            names=names,
+            device=backend.name,
+            meta=backend.meta(pa.schema([self.schema.field(n) for n in names])),
+            enforce_metadata=False,
+            label="read-catalog",
+        )
+
+    def remove_checkpoints(self) -> None:
+        """Delete the deltas and scratch files of a finished run."""
+        remove_tree(self.checkpoint_folder, self.storage_options)
+
+
+def _read_frame(number: int, catalog: Catalog, names: Sequence[str], device: str) -> Any:
+    return get_backend(device).frame_from_arrow(catalog.read(number, names))
+
+
+def _parquet_columns(url: str, storage_options: StorageOptions | None) -> list[str]:
+    source = open_source(url, storage_options)
+    try:
+        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+            names: list[str] = pq.read_schema(file).names
+            return names
+    except (pa.ArrowException, OSError) as exc:
+        raise CatalogError(f"cannot read {url}: {exc}") from exc
+    finally:
+        source.close()

@@ -1,0 +1,290 @@
+"""The command line, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from imgcurate import schema
+from imgcurate.errors import ConfigError, ImgcurateError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="imgcurate",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Curate image data sets in WebDataset shards: embed, score, filter, remove duplicates, write shards.",
+)
+_debug = False
+_MAX_SHARD_ROWS: Final = 50
+_MAX_PROBLEM_ROWS: Final = 20
+
+Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Tar shards: paths, URLs, globs, {braces}.")]
+Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of the run.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
+Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in the output folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the accounting alone.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        import imgcurate
+
+        typer.echo(f"imgcurate {imgcurate.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    global _debug
+    del version
+    _debug = debug
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@app.command(epilog="Example: imgcurate demo -o imgcurate-demo")
+def demo(
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder for input and output.")] = "imgcurate-demo",
+    workers: Workers = None,
+    device: Device = "auto",
+) -> None:
+    """Curate real photos with planted near-duplicates and broken files, and check what was found."""
+    from imgcurate.demo import check_demo, make_demo_shards
+    from imgcurate.stages import ImageEmbeddingStage, SemanticDedupStage
+
+    folder = Path(output)
+    out = folder / "curated"
+    truth = make_demo_shards(folder / "shards")
+    typer.echo(
+        f"{truth.samples} samples in 4 shards: {truth.photos} photos, "
+        f"{truth.planted} planted near-duplicates, {truth.broken} broken files"
+    )
+    stages = [ImageEmbeddingStage(model="tiny-image"), SemanticDedupStage(eps=truth.eps)]
+    pipeline = _pipeline([str(folder / "shards" / "*.tar")], stages, images_per_tar=100)
+    result = _run(pipeline, str(out), device, workers, scheduler=None, overwrite=True, quiet=False)
+    found = check_demo(truth, result)
+    typer.echo(
+        f"found {found.found} of {found.planted} planted near-duplicates, {found.merged} distinct photos merged, "
+        f"{found.reported} of {truth.broken} broken files reported"
+    )
+    typer.echo(f"curated shards: {out}/shards   catalog: {out}/catalog   manifest: {out}/manifest.json")
+    typer.echo(result.accounting())
+
+
+@app.command(epilog="Example: imgcurate curate 'shards/*.tar' -o OUT --min-aesthetic 0.5 --max-nsfw 0.5 --eps 0.05")
+def curate(
+    inputs: Inputs,
+    output: Output,
+    encoder: Annotated[str, typer.Option(help="open_clip model, or tiny-image (needs no weights).")] = "ViT-L-14",
+    pretrained: Annotated[str, typer.Option(help="open_clip tag, or a weights file.")] = "openai",
+    model_dir: Annotated[str | None, typer.Option(help="Folder with weights; what is missing is downloaded.")] = None,
+    min_aesthetic: Annotated[float | None, typer.Option(min=0, max=1, help="Keep aesthetic_score >= F.")] = None,
+    max_nsfw: Annotated[float | None, typer.Option(min=0, max=1, help="Keep nsfw_score < F.")] = None,
+    dedup: Annotated[bool, typer.Option("--dedup/--no-dedup", help="Remove semantic duplicates.")] = True,
+    eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
+    n_clusters: Annotated[int | None, typer.Option(min=1, help="Clusters for dedup; chosen if not given.")] = None,
+    images_per_tar: Annotated[int, typer.Option(min=1, help="Samples per output shard.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    files_per_partition: Annotated[int, typer.Option(min=1, help="Shards per partition.")] = 1,
+    device: Device = "auto",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Curate shards: embed, score, filter, remove duplicates, write what is kept."""
+    from imgcurate.stages import (
+        ImageAestheticFilterStage,
+        ImageEmbeddingStage,
+        ImageNSFWFilterStage,
+        SemanticDedupStage,
+    )
+
+    stages: list[Any] = [ImageEmbeddingStage(encoder, pretrained, model_dir, model_inference_batch_size=batch_size)]
+    if min_aesthetic is not None:
+        stages.append(ImageAestheticFilterStage(min_aesthetic, model_dir))
+    if max_nsfw is not None:
+        stages.append(ImageNSFWFilterStage(max_nsfw, model_dir))
+    if dedup:
+        stages.append(SemanticDedupStage(eps=eps, n_clusters=n_clusters if n_clusters is not None else "auto"))
+    pipeline = _pipeline(inputs, stages, images_per_tar, files_per_partition, batch_size)
+    result = _run(pipeline, output, device, workers, scheduler, overwrite, quiet)
+    typer.echo(result.accounting())
+
+
+@app.command(epilog="Example: imgcurate run pipeline.yaml -o OUT")
+def run(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Inputs and stages.")],
+    output: Output,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or gpu; overrides the file.")] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a pipeline that a YAML file describes."""
+    from imgcurate.config import load_config
+
+    config = load_config(pipeline)
+    result = _run(
+        config.pipeline(), output, device or config.device, workers or config.workers,
+        scheduler or config.scheduler, overwrite, quiet,
+    )  # fmt: skip
+    typer.echo(result.accounting())
+
+
+@app.command(epilog="Example: imgcurate inspect 'shards/*.tar'")
+def inspect(
+    inputs: Inputs,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object.")] = False,
+) -> None:
+    """Show what is in shards, without decoding: samples, members, sizes, problems."""
+    from imgcurate.inspection import inspect_shards
+
+    report = inspect_shards(inputs)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+        return
+    console = Console()
+    table = Table("shard", *(c for c in ("samples", "ok", "members", "bytes", "problems")))
+    for shard in report.shards[:_MAX_SHARD_ROWS]:
+        table.add_row(shard.url, f"{shard.samples:,}", f"{shard.ok:,}", f"{shard.members:,}", f"{shard.nbytes:,}",
+                      ", ".join(f"{n} {kind}" for kind, n in shard.problems.items()))  # fmt: skip
+    console.print(table)
+    if len(report.shards) > _MAX_SHARD_ROWS:
+        typer.echo(f"... and {len(report.shards) - _MAX_SHARD_ROWS:,} more shards")
+    for line in report.details[:_MAX_PROBLEM_ROWS]:
+        typer.echo(line)
+    if len(report.details) > _MAX_PROBLEM_ROWS:
+        typer.echo(f"... and {len(report.details) - _MAX_PROBLEM_ROWS:,} more problems (--json shows all)")
+    typer.echo("members: " + (", ".join(f"{n:,} {ext}" for ext, n in report.extensions.items()) or "none"))
+    typer.echo(report.summary())
+
+
+def _pipeline(
+    inputs: list[str],
+    stages: list[Any],
+    images_per_tar: int,
+    files_per_partition: int = 1,
+    batch_size: int = 32,
+) -> Any:
+    from imgcurate.pipeline import Pipeline
+    from imgcurate.stages import FilePartitioningStage, ImageReaderStage, ImageWriterStage
+
+    return Pipeline(
+        [
+            FilePartitioningStage(inputs, files_per_partition),
+            ImageReaderStage(dali_batch_size=batch_size),
+            *stages,
+            ImageWriterStage(images_per_tar=images_per_tar),
+        ]
+    )
+
+
+def _run(
+    pipeline: Any,
+    output: str,
+    device: str,
+    workers: int | None,
+    scheduler: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> Any:
+    from imgcurate.backend import get_backend, why_no_gpu
+    from imgcurate.cluster import open_client
+
+    plan = pipeline.plan()
+    if scheduler is None:
+        backend = get_backend(device)
+        if device == "auto" and not backend.is_gpu and not quiet:
+            typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
+    tasks_per_gpu = max(1, round(1 / plan.reader.num_gpus_per_worker))
+    with (
+        open_client(device=device, n_workers=workers, scheduler=scheduler, tasks_per_gpu=tasks_per_gpu) as client,
+        _progress(quiet) as progress,
+    ):
+        return pipeline.run(output, client=client, device=device, overwrite=overwrite, progress=progress)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Any:
+    """Yield a callback that shows one line per phase; plain lines where there is no terminal."""
+    console = Console(stderr=True)
+    if quiet:
+        yield None
+        return
+    if not console.is_terminal:
+        yield _plain_progress
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[kept]}"))  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+        seen: dict[str, list[int]] = {}
+
+        def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total, kept="")
+                seen[phase] = [0, 0]
+            if result and all(isinstance(v, int) for v in result.values()):
+                seen[phase][0] += result.get(schema.STATUS_OK, 0)
+                seen[phase][1] += sum(result.values())
+            ok, rows = seen[phase]
+            bars.update(tasks[phase], completed=done, kept=f"{ok:,} of {rows:,} ok" if rows else "")
+
+        yield show
+
+
+def _plain_progress(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+    del result
+    step = max(1, total // 10)
+    if done == total or done % step == 0:
+        typer.echo(f"{phase}: {done} of {total} partitions", err=True)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done, 1 the run failed, 2 wrong usage or configuration."""
+    try:
+        app()
+    except ImgcurateError as exc:
+        if _debug:
+            traceback.print_exc()
+        kind = "wrong usage" if isinstance(exc, ConfigError) else "failed"
+        typer.echo(f"imgcurate: {kind}: {' '.join(str(exc).split())}", err=True)
+        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("imgcurate: stopped. Run the same command again to go on", err=True)
+        sys.exit(1)
+    except Exception as exc:  # noqa: BLE001 - the last resort: one line, a traceback with --debug
+        if _debug:
+            traceback.print_exc()
+        hint = "" if _debug else " (imgcurate --debug ... shows where)"
+        typer.echo(f"imgcurate: failed: {type(exc).__name__}: {' '.join(str(exc).split())}{hint}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A Dask client: local workers sized to the machine, one worker per GPU, or a running scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterator
+from typing import Any, Final
+
+import psutil
+from distributed import Client, LocalCluster
+
+from imgcurate.backend import cpu_count, get_backend
+from imgcurate.errors import ClusterError, ConfigError
+
+__all__ = ["cluster_device", "open_client"]
+
+logger = logging.getLogger(__name__)
+_GIB: Final = 1024**3
+_MEMORY_PER_WORKER_BYTES: Final = 4 * _GIB
+_LOOPBACK: Final = "127.0.0.1"
+
+
+@contextlib.contextmanager
+def open_client(
+    *,
+    device: str = "auto",
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+    tasks_per_gpu: int = 1,
+    dashboard_address: str | None = f"{_LOOPBACK}:0",
+    security: Any = None,
+) -> Iterator[Client]:
+    """Open a Dask client, and the cluster behind it where there is none yet.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "gpu"}
+        GPUs give a ``LocalCUDACluster``, one worker per GPU, with an RMM pool that torch and CuPy
+        share; the CPU a ``LocalCluster``.
+    n_workers : int, optional
+        Worker processes. By default one per GPU; on the CPU one per core as far as the memory
+        allows 4 GiB each, fewer and wider ones on big machines.
+    scheduler : str, optional
+        Address of a running scheduler (``tcp://host:8786``) or path of a scheduler file; nothing
+        is started then.
+    tasks_per_gpu : int
+        Tasks that run at the same time on one GPU.
+    dashboard_address : str, optional
+        Where the dashboard listens: on loopback unless told otherwise. None: no dashboard.
+    security : distributed.security.Security, optional
+        TLS settings for `scheduler`.
+
+    Yields
+    ------
+    distributed.Client
+        Closed, with what was started, when the context ends.
+
+    Raises
+    ------
+    ConfigError
+        If `n_workers` is not positive.
+    DeviceError
+        If a GPU is asked for and is not usable here.
+    ClusterError
+        If the scheduler does not answer.
+    """
+    if n_workers is not None and n_workers < 1:
+        raise ConfigError(f"n_workers={n_workers} should be >= 1")
+    if scheduler is not None:
+        with _connect(scheduler, security) as client:
+            yield client
+        return
+    backend = get_backend(device)
+    with contextlib.ExitStack() as stack:
+        if backend.is_gpu:
+            cluster = stack.enter_context(_cuda_cluster(n_workers, tasks_per_gpu, dashboard_address))
+        else:
+            cluster = stack.enter_context(_cpu_cluster(n_workers, dashboard_address))
+        yield stack.enter_context(Client(cluster))
+
+
+def cluster_device(client: Client, device: str) -> str:
+    """Return ``cpu`` or ``gpu`` for the workers of a cluster.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        A connected client.
+    device : {"auto", "cpu", "gpu"}
+        What was asked for; ``auto`` is decided by the workers, which must agree.
+
+    Raises
+    ------
+    DeviceError
+        If ``gpu`` is asked for and a worker has none.
+    ClusterError
+        If there is no worker, or some have a usable GPU and others not.
+    """
+    if device == "cpu":
+        return "cpu"
+    found: dict[str, str] = client.run(_worker_device, device)
+    if not found:
+        raise ClusterError("the scheduler has no workers: start some, then try again")
+    kinds = set(found.values())
+    if len(kinds) > 1:
+        without = next(address for address, kind in found.items() if kind == "cpu")
+        raise ClusterError(f"some workers have a usable GPU and others not ({without}): name --device cpu or gpu")
+    return kinds.pop()
+
+
+def _worker_device(device: str) -> str:
+    return get_backend(device).name
+
+
+@contextlib.contextmanager
+def _connect(scheduler: str, security: Any) -> Iterator[Client]:
+    where: dict[str, Any] = {"address": scheduler}
+    if "://" not in scheduler and scheduler.endswith(".json"):
+        where = {"scheduler_file": scheduler}
+    try:
+        client = Client(**where, timeout="15s", security=security)
+    except (OSError, ValueError, TimeoutError) as exc:
+        raise ClusterError(f"no Dask scheduler answers at {scheduler}: {exc}") from exc
+    with client:
+        yield client
+
+
+def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalCluster:
+    cores = cpu_count()
+    memory = psutil.virtual_memory().total
+    if n_workers is None:
+        n_workers = max(1, min(cores, memory // _MEMORY_PER_WORKER_BYTES))
+        if n_workers > 8:
+            n_workers = max(8, cores // 4)
+    threads = str(max(1, cores // n_workers))
+    return LocalCluster(
+        n_workers=n_workers,
+        threads_per_worker=1,
+        memory_limit=int(0.9 * memory / n_workers),
+        host=_LOOPBACK,
+        dashboard_address=dashboard_address,
+        # torch, DALI and BLAS read these when the worker starts.
+        env={f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")},
+    )
+
+
+def _cuda_cluster(n_workers: int | None, tasks_per_gpu: int, dashboard_address: str | None) -> Any:
+    dask_cuda = importlib.import_module("dask_cuda")
+    return dask_cuda.LocalCUDACluster(
+        n_workers=n_workers,
+        threads_per_worker=tasks_per_gpu,
+        host=_LOOPBACK,
+        dashboard_address=dashboard_address,
+        # DALI has a pool of its own, so RMM starts with less than half of the memory.
+        rmm_pool_size=0.4,
+        rmm_allocator_external_lib_list=["torch", "cupy"],
+        enable_cudf_spill=True,
+        resources={"GPU": 1},
+    )

@@ -1,0 +1,172 @@
+"""A whole run as one YAML file, and the stages by name.
+
+.. code-block:: yaml
+
+    inputs: shards/{00000..00099}.tar
+    files_per_partition: 4
+    device: auto
+    workers: 2
+    stages:
+      - ImageReaderStage: {dali_batch_size: 64}
+      - ImageEmbeddingStage: {model: ViT-L-14, pretrained: openai}
+      - ImageAestheticFilterStage: {score_threshold: 0.5}
+      - SemanticDedupStage: {eps: 0.05}
+      - mypackage.stages.MyStage: {threshold: 3}
+      - ImageWriterStage: {images_per_tar: 1000}
+
+``ImageReaderStage`` may be left out where its defaults do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from imgcurate.errors import ConfigError
+from imgcurate.pipeline import Pipeline
+from imgcurate.stages import (
+    FilePartitioningStage,
+    ImageAestheticFilterStage,
+    ImageEmbeddingStage,
+    ImageNSFWFilterStage,
+    ImageReaderStage,
+    ImageWriterStage,
+    SemanticDedupStage,
+    Stage,
+)
+
+__all__ = ["STAGES", "RunConfig", "load_config"]
+
+STAGES: Final[Mapping[str, type[Stage]]] = {
+    stage.__name__: stage
+    for stage in (
+        ImageReaderStage,
+        ImageEmbeddingStage,
+        ImageAestheticFilterStage,
+        ImageNSFWFilterStage,
+        SemanticDedupStage,
+        ImageWriterStage,
+    )
+}
+
+
+class RunConfig(BaseModel):
+    """A run: what is read, which stages, on what.
+
+    Attributes
+    ----------
+    inputs : str or list of str
+        Paths, fsspec URLs or patterns of tar shards.
+    stages : list
+        Stage names, each alone or as a mapping to its parameters.
+    files_per_partition : int
+        Shards per partition.
+    storage_options : mapping
+        Passed to fsspec for the inputs.
+    device : {"auto", "cpu", "gpu"}
+        What the workers compute on.
+    workers : int, optional
+        Workers of the local cluster.
+    scheduler : str, optional
+        Address of a running Dask scheduler.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: str | list[str]
+    stages: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
+    files_per_partition: int = Field(default=1, ge=1)
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    device: str = "auto"
+    workers: int | None = Field(default=None, ge=1)
+    scheduler: str | None = None
+
+    def pipeline(self) -> Pipeline:
+        """Return the pipeline that the configuration describes.
+
+        Raises
+        ------
+        ConfigError
+            If a stage or a parameter is unknown or wrong.
+        """
+        source = FilePartitioningStage(self.inputs, self.files_per_partition, self.storage_options or None)
+        stages = [_make_stage(i, entry) for i, entry in enumerate(self.stages)]
+        if not stages or not isinstance(stages[0], ImageReaderStage):
+            stages.insert(0, ImageReaderStage())
+        return Pipeline([source, *stages])
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a YAML file.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, is not YAML, or has a key or value that is wrong; the message names the
+        place and the nearest valid name.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read {path}: {exc}") from exc
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(exc).split())}") from exc
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} should be a mapping with 'inputs' and 'stages', not {type(content).__name__}")
+    try:
+        return RunConfig(**content)
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        where = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("list[", "dict[", "str")))
+        hint = nearest(str(error["loc"][0]), RunConfig.model_fields) if error["type"] == "extra_forbidden" else ""
+        raise ConfigError(f"{path}: {where}: {error['msg']}{hint}") from exc
+
+
+def _make_stage(number: int, entry: str | Mapping[str, Mapping[str, Any] | None]) -> Stage:
+    if isinstance(entry, str):
+        name, params = entry, {}
+    elif len(entry) == 1:
+        name, params_ = next(iter(entry.items()))
+        params = dict(params_ or {})
+    else:
+        raise ConfigError(f"stages[{number}] should be one stage name with its parameters, not {len(entry)} keys")
+    kind = _find_stage(number, name)
+    known = inspect.signature(kind).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for key in params:
+        if key not in known and not takes_any:
+            raise ConfigError(f"stages[{number}] {name} has no parameter {key!r}{nearest(key, known)}")
+    try:
+        return kind(**params)
+    except TypeError as exc:
+        raise ConfigError(f"stages[{number}] {name}: {exc}") from exc
+    except ConfigError as exc:
+        raise type(exc)(f"stages[{number}] {name}: {exc}") from exc
+
+
+def _find_stage(number: int, name: str) -> type[Stage]:
+    if name in STAGES:
+        return STAGES[name]
+    if "." not in name:
+        raise ConfigError(f"stages[{number}]: unknown stage {name!r}{nearest(name, STAGES)}")
+    module, _, attribute = name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(f"stages[{number}]: cannot import {name}: {exc}") from exc
+    if not (isinstance(kind, type) and issubclass(kind, Stage)):
+        raise ConfigError(f"stages[{number}]: {name} is not a subclass of ProcessingStage or DatasetStage")
+    return kind
+
+
+def nearest(name: str, known: Any) -> str:
+    """Return "; did you mean ...?" for the known names that are near, else the list of them."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

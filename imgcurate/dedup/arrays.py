@@ -1,0 +1,123 @@
+"""Deduplication of embeddings that lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imgcurate.backend import get_backend
+from imgcurate.dedup.config import DedupConfig
+from imgcurate.dedup.kmeans import fit_centroids
+from imgcurate.dedup.passes import Decisions, Pairs, Rows, across, choose, orphans_of, within
+from imgcurate.dedup.rows import make_rows, sample_order, unit_rows
+from imgcurate.errors import ConfigError
+
+__all__ = ["DedupResult", "dedup_arrays"]
+
+
+@dataclass(frozen=True)
+class DedupResult:
+    """Which rows are duplicates of which.
+
+    Attributes
+    ----------
+    duplicate_of : ndarray of int64 of shape (n,)
+        Position of the row that stays, for a row that goes; -1 for a row that stays.
+    similarity : ndarray of float32 of shape (n,)
+        Cosine similarity to it, at least ``1 - eps``; NaN for a row that stays.
+    cluster : ndarray of int32 of shape (n,)
+        Nearest centroid; -1 for a row without a direction (zeros, NaN), which is never a duplicate.
+    centroids : ndarray of float32 of shape (k, d)
+        Unit rows.
+    """
+
+    duplicate_of: npt.NDArray[np.int64]
+    similarity: npt.NDArray[np.float32]
+    cluster: npt.NDArray[np.int32]
+    centroids: npt.NDArray[np.float32]
+
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Mask of the rows that stay."""
+        return self.duplicate_of < 0
+
+
+def dedup_arrays(
+    embeddings: npt.NDArray[Any],
+    *,
+    columns: Mapping[str, npt.NDArray[Any]] | None = None,
+    device: str = "auto",
+    config: DedupConfig | None = None,
+    **parameters: Any,
+) -> DedupResult:
+    """Find duplicates among embeddings in memory.
+
+    Parameters
+    ----------
+    embeddings : ndarray of shape (n, d)
+        Rows of any length other than zero.
+    columns : mapping of str to ndarray of shape (n,), optional
+        Numeric values for ``keep_by``; positions are ``uid``.
+    device : {"auto", "cpu", "gpu"}
+        Where.
+    config : DedupConfig, optional
+        All parameters; or give them one by one, as in :class:`DedupConfig`.
+
+    Raises
+    ------
+    ConfigError
+        If `embeddings` is not 2-D, a column is missing, or a parameter is out of range.
+
+    Notes
+    -----
+    Memory is about three times that of the embeddings as float32.
+    """
+    config = config or DedupConfig(**parameters)
+    embeddings = np.asarray(embeddings)
+    if embeddings.ndim != 2:
+        raise ConfigError(f"embeddings have {embeddings.ndim} dimensions, and should have 2: (n, d)")
+    n = len(embeddings)
+    given = {"uid": np.arange(n), **(columns or {})}
+    missing = [c for c in config.keep_order.columns if c not in given]
+    if missing:
+        raise ConfigError(f"keep_by needs the column {missing[0]!r}; given are {', '.join(given)}")
+    backend = get_backend(device)
+    x, valid = unit_rows(embeddings)
+    uid = np.flatnonzero(valid)
+    x = x[uid]
+    duplicate_of, cluster = np.full(n, -1, np.int64), np.full(n, -1, np.int32)
+    similarity = np.full(n, np.nan, np.float32)
+    if not len(uid):
+        return DedupResult(duplicate_of, similarity, cluster, np.empty((0, embeddings.shape[1]), np.float32))
+    sample = np.sort(sample_order(uid, config.fit_rows(n), config.random_state))
+    centroids = fit_centroids(x[sample], config.clusters_for(n), config, backend)
+    keep_columns = {c: np.asarray(given[c])[uid] for c in config.keep_order.columns}
+    rows = make_rows(x, uid, np.full(len(uid), "", object), keep_columns, centroids, config, backend)
+    decisions = _decide(rows, config, backend)
+    duplicate_of[decisions.uid] = decisions.keeper
+    similarity[decisions.uid] = decisions.similarity
+    cluster[rows.uid] = rows.cluster
+    return DedupResult(duplicate_of, similarity, cluster, centroids)
+
+
+def _decide(rows: Rows, config: DedupConfig, backend: Any) -> Decisions:
+    rows, decisions = within(rows, config.threshold, backend)
+    kept = rows.take(~decisions.goes)
+    crossed = choose(across(kept, kept.visitors(), config.threshold, backend))
+    orphaned = orphans_of(decisions, crossed)
+    decisions = decisions.overridden(crossed)
+    if orphaned.any():
+        orphans = rows.take(orphaned)
+        left = Rows.concat([rows.take(~decisions.goes), orphans])
+        pairs = [
+            across(orphans, Rows.concat([left, left.visitors()]), config.threshold, backend),
+            across(orphans.visitors(), left, config.threshold, backend),
+        ]
+        fixed = decisions.uid[~decisions.goes]
+        examined = choose(Pairs.concat(pairs, rows.keys.shape[1]), fixed)
+        decisions = decisions.overridden(Decisions.stay(orphans.uid)).overridden(examined)
+    return decisions

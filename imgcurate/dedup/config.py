@@ -1,0 +1,104 @@
+"""The parameters of semantic deduplication, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from imgcurate.dedup.keep import KeepOrder
+from imgcurate.errors import ConfigError
+
+__all__ = ["DedupConfig"]
+
+_ROWS_PER_CLUSTER: Final = 5000
+_FIT_ROWS_PER_CLUSTER: Final = 256
+_MIN_FIT_ROWS: Final = 20_000
+
+
+@dataclass(frozen=True)
+class DedupConfig:
+    """How duplicates are found and which sample of a group stays.
+
+    Attributes
+    ----------
+    eps : float
+        Two samples are duplicates where their cosine similarity is >= 1 - eps; in [0, 1].
+    n_clusters : int or "auto"
+        Number of k-means clusters. ``"auto"`` takes n / 5000, but at most the square root of n: up to
+        5000 samples one cluster, that is, an exact search.
+    n_probe : int
+        In how many clusters, nearest first, a sample is looked for; 1 does not look across borders.
+    which_to_keep : {"hard", "easy", "random"}
+        Keep the member of a group that is farthest from its centroid, nearest to it, or any.
+    keep_by : sequence of str
+        Columns that decide before `which_to_keep` does; see :class:`KeepOrder`. Ties go to the lower uid.
+    fit_data_fraction : float, optional
+        Share of the samples that k-means is fitted on, in (0, 1]; by default 256 per cluster, and at
+        least 20,000.
+    max_iter, tol, init, n_init, oversampling_factor
+        As in cuML's and scikit-learn's ``KMeans``.
+    random_state : int
+        Seed of the sample, of k-means and of ``"random"``.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+
+    eps: float = 0.05
+    n_clusters: int | Literal["auto"] = "auto"
+    n_probe: int = 2
+    which_to_keep: str = "hard"
+    keep_by: Sequence[str] = ()
+    fit_data_fraction: float | None = None
+    max_iter: int = 100
+    tol: float = 1e-4
+    init: str = "k-means++"
+    n_init: int = 1
+    random_state: int = 42
+    oversampling_factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps <= 1:
+            raise ConfigError(f"eps={self.eps} should be in [0, 1]: duplicates have a cosine similarity >= 1 - eps")
+        if self.n_clusters != "auto" and (isinstance(self.n_clusters, str) or self.n_clusters < 1):
+            raise ConfigError(f"n_clusters={self.n_clusters!r} should be 'auto' or >= 1")
+        for name in ("n_probe", "max_iter", "n_init"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} should be >= 1")
+        if self.fit_data_fraction is not None and not 0 < self.fit_data_fraction <= 1:
+            raise ConfigError(f"fit_data_fraction={self.fit_data_fraction} should be in (0, 1]")
+        if self.init not in ("k-means++", "random"):
+            raise ConfigError(f"init={self.init!r} is none of k-means++, random")
+        if self.tol < 0 or self.oversampling_factor <= 0 or not 0 <= self.random_state < 2**32:
+            raise ConfigError(
+                f"tol={self.tol} should be >= 0, oversampling_factor={self.oversampling_factor} > 0, "
+                f"random_state={self.random_state} in [0, 2^32)"
+            )
+        _ = self.keep_order
+
+    @property
+    def threshold(self) -> float:
+        """The lowest cosine similarity of duplicates."""
+        return 1.0 - self.eps
+
+    @property
+    def keep_order(self) -> KeepOrder:
+        """The order in which members of a group are preferred."""
+        return KeepOrder(self.which_to_keep, tuple(self.keep_by), self.random_state)
+
+    def clusters_for(self, n_rows: int) -> int:
+        """Return the number of clusters for `n_rows` embeddings; never more than there are rows."""
+        if self.n_clusters != "auto":
+            return max(1, min(int(self.n_clusters), n_rows))
+        return max(1, round(min(n_rows / _ROWS_PER_CLUSTER, math.sqrt(n_rows))))
+
+    def fit_rows(self, n_rows: int) -> int:
+        """Return the number of rows that k-means is fitted on."""
+        n_clusters = self.clusters_for(n_rows)
+        if self.fit_data_fraction is not None:
+            return min(n_rows, max(n_clusters, math.ceil(n_rows * self.fit_data_fraction)))
+        return min(n_rows, max(_FIT_ROWS_PER_CLUSTER * n_clusters, _MIN_FIT_ROWS))

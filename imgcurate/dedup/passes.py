@@ -1,0 +1,340 @@
+"""From kernels to decisions: within clusters, across their borders, and who comes back.
+
+1. *Within*: in each cluster rows are taken in keep order, and a row goes if a row kept before it is near.
+2. *Across*: the rows that stay are compared with those that stay in their other probed clusters. Of
+   each near pair the less preferred one goes, unless what it would go for has gone itself.
+3. *Orphans*: rows that went in 1 for a row that went in 2 are compared with what is left in all
+   their clusters. They go for one of these, or come back.
+
+So a row that goes always names a row that stays, and no two rows that stay and were compared are near.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from imgcurate.backend import Backend
+from imgcurate.dedup.similarity import greedy_keep, near_pairs
+
+__all__ = ["Decisions", "Pairs", "Rows", "across", "choose", "orphans_of", "within"]
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Embeddings with what decides about them.
+
+    Attributes
+    ----------
+    uid : ndarray of int64 of shape (n,)
+        Identity.
+    keys : ndarray of float64 of shape (n, k)
+        Preference, smaller first, column by column; then the uid.
+    cluster : ndarray of int32 of shape (n,)
+        The cluster that the row is looked at in: its nearest, but for :meth:`visitors`.
+    probes : ndarray of int32 of shape (n, n_probe - 1)
+        Further clusters to look at it in; -1 where no near row can be.
+    name : ndarray of object of shape (n,)
+        How the row is named in words.
+    x : ndarray of float32 of shape (n, d)
+        Unit rows.
+    """
+
+    uid: Ints
+    keys: npt.NDArray[np.float64]
+    cluster: npt.NDArray[np.int32]
+    probes: npt.NDArray[np.int32]
+    name: npt.NDArray[Any]
+    x: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.uid)
+
+    def take(self, index: npt.NDArray[Any]) -> Rows:
+        """Return some rows: positions, or a mask."""
+        return Rows(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def visitors(self) -> Rows:
+        """Return the rows as they are looked at in their further clusters."""
+        parts = [Rows.empty(self.keys.shape[1], self.probes.shape[1], self.x.shape[1])]
+        for column in self.probes.T:
+            there = column >= 0
+            parts.append(replace(self.take(there), cluster=column[there]))
+        return Rows.concat(parts)
+
+    def in_order(self) -> Rows:
+        """Return the rows by cluster, in each the preferred ones first."""
+        return self.take(np.lexsort((self.uid, *self.keys.T[::-1], self.cluster)))
+
+    def clusters(self) -> dict[int, slice]:
+        """Return where each cluster lies in rows that are in order."""
+        values, starts = np.unique(self.cluster, return_index=True)
+        stops = [*starts[1:], len(self)]
+        return {int(c): slice(int(a), int(b)) for c, a, b in zip(values, starts, stops, strict=True)}
+
+    @staticmethod
+    def concat(parts: Sequence[Rows]) -> Rows:
+        """Return the rows of several, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return Rows(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)))
+
+    @staticmethod
+    def empty(n_keys: int, n_probes: int, dim: int) -> Rows:
+        """Return no rows."""
+        return Rows(
+            np.empty(0, np.int64), np.empty((0, n_keys)), np.empty(0, np.int32), np.empty((0, n_probes), np.int32),
+            np.empty(0, object), np.empty((0, dim), np.float32),
+        )  # fmt: skip
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """Return the rows as an Arrow record batch; see :meth:`from_arrow`."""
+        columns = {f.name: _to_arrow(getattr(self, f.name)) for f in fields(Rows)}
+        return pa.record_batch(list(columns.values()), names=list(columns))
+
+    @staticmethod
+    def from_arrow(batch: pa.RecordBatch) -> Rows:
+        """Return the rows of a record batch of :meth:`to_arrow`."""
+        return Rows(*(_from_arrow(batch[f.name]) for f in fields(Rows)))
+
+
+def _to_arrow(array: npt.NDArray[Any]) -> pa.Array:
+    if array.ndim == 1:
+        return pa.array(array, pa.string() if array.dtype == object else None)
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(flat.type, array.shape[1]))
+
+
+def _from_arrow(array: pa.Array) -> npt.NDArray[Any]:
+    n: int = len(array)
+    width: tuple[int, ...] = ()
+    if pa.types.is_fixed_size_list(array.type):
+        array, width = array.flatten(), (array.type.list_size,)
+    values: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False).reshape(n, *width)
+    return values
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Rows that go, and for which row.
+
+    Attributes
+    ----------
+    uid : ndarray of int64 of shape (n,)
+        The rows, in order.
+    keeper : ndarray of int64 of shape (n,)
+        The row that each goes for; -1 for a row that stays.
+    keeper_name : ndarray of object of shape (n,)
+        Its name.
+    similarity : ndarray of float64 of shape (n,)
+        To it; NaN for a row that stays.
+    """
+
+    uid: Ints
+    keeper: Ints
+    keeper_name: npt.NDArray[Any]
+    similarity: npt.NDArray[np.float64]
+
+    @property
+    def goes(self) -> npt.NDArray[np.bool_]:
+        """Mask of the rows that go."""
+        return self.keeper >= 0
+
+    @staticmethod
+    def stay(uid: Ints) -> Decisions:
+        """Return decisions by which all rows stay."""
+        n = len(uid)
+        return Decisions(uid, np.full(n, -1, np.int64), np.full(n, "", object), np.full(n, np.nan))
+
+    def take(self, index: npt.NDArray[Any]) -> Decisions:
+        """Return some of them: positions, or a mask."""
+        return Decisions(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @staticmethod
+    def concat(parts: Sequence[Decisions]) -> Decisions:
+        """Return those of several, one after the other."""
+        return Decisions(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Decisions)))
+
+    def overridden(self, later: Decisions) -> Decisions:
+        """Return these decisions, with those of `later` in place of them where it has any for a row."""
+        order = np.argsort(later.uid)
+        at = np.minimum(np.searchsorted(later.uid, self.uid, sorter=order), max(0, len(order) - 1))
+        if not len(order):
+            return self
+        found = later.uid[order[at]] == self.uid
+        new = later.take(order[at])
+        return Decisions(
+            self.uid,
+            *(np.where(found, getattr(new, n), getattr(self, n)) for n in ("keeper", "keeper_name", "similarity")),
+        )
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """Return them as an Arrow record batch."""
+        columns = {f.name: _to_arrow(getattr(self, f.name)) for f in fields(Decisions)}
+        return pa.record_batch(list(columns.values()), names=list(columns))
+
+    @staticmethod
+    def from_arrow(batch: pa.RecordBatch) -> Decisions:
+        """Return those of a record batch of :meth:`to_arrow`."""
+        return Decisions(*(_from_arrow(batch[f.name]) for f in fields(Decisions)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Near pairs of rows, with what is needed to decide between them.
+
+    Attributes
+    ----------
+    uid : ndarray of int64 of shape (n, 2)
+        The rows.
+    keys : ndarray of float64 of shape (n, 2, k)
+        Their preference.
+    name : ndarray of object of shape (n, 2)
+        Their names.
+    similarity : ndarray of float64 of shape (n,)
+        Cosine similarity.
+    """
+
+    uid: Ints
+    keys: npt.NDArray[np.float64]
+    name: npt.NDArray[Any]
+    similarity: npt.NDArray[np.float64]
+
+    @staticmethod
+    def concat(parts: Sequence[Pairs], n_keys: int) -> Pairs:
+        """Return the pairs of several."""
+        none = Pairs(np.empty((0, 2), np.int64), np.empty((0, 2, n_keys)), np.empty((0, 2), object), np.empty(0))
+        return Pairs(*(np.concatenate([getattr(p, f.name) for p in [none, *parts]]) for f in fields(Pairs)))
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """Return them as an Arrow record batch."""
+        columns = {"similarity": _to_arrow(self.similarity)}
+        for name in ("uid", "keys", "name"):
+            columns |= {f"{name}{s}": _to_arrow(getattr(self, name)[:, s]) for s in (0, 1)}
+        return pa.record_batch(list(columns.values()), names=list(columns))
+
+    @staticmethod
+    def from_arrow(batch: pa.RecordBatch) -> Pairs:
+        """Return those of a record batch of :meth:`to_arrow`."""
+        uid, keys, name = (
+            np.stack([_from_arrow(batch[f"{c}0"]), _from_arrow(batch[f"{c}1"])], axis=1)
+            for c in ("uid", "keys", "name")
+        )
+        return Pairs(uid, keys, name, _from_arrow(batch["similarity"]))
+
+
+def within(rows: Rows, threshold: float, backend: Backend) -> tuple[Rows, Decisions]:
+    """Decide in each cluster by itself.
+
+    Parameters
+    ----------
+    rows : Rows
+        All rows of some clusters.
+    threshold : float
+        Lowest cosine similarity of near rows.
+    backend : Backend
+        Where.
+
+    Returns
+    -------
+    rows : Rows
+        The same, in order.
+    decisions : Decisions
+        One for each of `rows`.
+    """
+    rows = rows.in_order()
+    keeper = np.full(len(rows), -1, dtype=np.int64)
+    similarity = np.full(len(rows), np.nan)
+    for place in rows.clusters().values():
+        local, similarity[place] = greedy_keep(rows.x[place], threshold, backend)
+        keeper[place] = np.where(local >= 0, local + place.start, -1)
+    return rows, _decisions(rows.uid, rows.name, keeper, similarity)
+
+
+def across(a: Rows, b: Rows, threshold: float, backend: Backend) -> Pairs:
+    """Return the near pairs of rows of `a` and of `b` that are looked at in the same cluster.
+
+    Rows may be on both sides; no row is compared with itself.
+    """
+    a, b = a.in_order(), b.in_order()
+    found: list[Pairs] = []
+    others = b.clusters()
+    for cluster, place in a.clusters().items():
+        if cluster not in others:
+            continue
+        left, right = a.take(_span(place)), b.take(_span(others[cluster]))
+        i, j, similarity = near_pairs(left.x, right.x, threshold, backend)
+        distinct = left.uid[i] != right.uid[j]
+        i, j = i[distinct], j[distinct]
+        found.append(
+            Pairs(
+                np.stack([left.uid[i], right.uid[j]], axis=1),
+                np.stack([left.keys[i], right.keys[j]], axis=1),
+                np.stack([left.name[i], right.name[j]], axis=1),
+                similarity[distinct],
+            )
+        )
+    return Pairs.concat(found, a.keys.shape[1])
+
+
+def choose(pairs: Pairs, fixed: Ints | None = None) -> Decisions:
+    """Decide between the rows of near pairs.
+
+    Parameters
+    ----------
+    pairs : Pairs
+        All near pairs among the rows in question.
+    fixed : ndarray of int64, optional
+        Rows that stay whatever they are near to: those that were kept before.
+
+    Returns
+    -------
+    Decisions
+        For each row of a pair that is not `fixed`, by uid: which row that stays it goes for, the most
+        similar one, or that it stays.
+    """
+    uid, first = np.unique(pairs.uid.reshape(-1), return_index=True)
+    keys = pairs.keys.reshape(-1, pairs.keys.shape[2])[first]
+    names = pairs.name.reshape(-1)[first]
+    rank = np.empty(len(uid), dtype=np.int64)
+    is_fixed = np.isin(uid, fixed) if fixed is not None else np.zeros(len(uid), dtype=bool)
+    order = np.lexsort((uid, *keys.T[::-1], ~is_fixed))
+    rank[order] = np.arange(len(uid))
+    i, j = np.searchsorted(uid, pairs.uid[:, 0]), np.searchsorted(uid, pairs.uid[:, 1])
+    swap = rank[i] > rank[j]
+    winner, loser = np.where(swap, j, i), np.where(swap, i, j)
+    # Losers in keep order, so that what may win over one is decided before it.
+    by_loser = np.lexsort((rank[winner], -pairs.similarity, rank[loser]))
+    winner, loser, similarity = winner[by_loser], loser[by_loser], pairs.similarity[by_loser]
+    keeper = np.full(len(uid), -1, dtype=np.int64)
+    best = np.full(len(uid), np.nan)
+    for w, lo, s in zip(winner.tolist(), loser.tolist(), similarity.tolist(), strict=True):
+        if keeper[lo] < 0 and keeper[w] < 0 and not is_fixed[lo]:
+            keeper[lo], best[lo] = w, s
+    return _decisions(uid, names, keeper, best).take(~is_fixed)
+
+
+def _decisions(uid: Ints, names: npt.NDArray[Any], keeper: Ints, similarity: npt.NDArray[np.float64]) -> Decisions:
+    """Return decisions whose keepers are given as positions."""
+    if not len(uid):
+        return Decisions.stay(uid)
+    goes = keeper >= 0
+    keeper_name = np.where(goes, names[keeper], "").astype(object)
+    return Decisions(uid, np.where(goes, uid[keeper], -1), keeper_name, similarity)
+
+
+def orphans_of(decisions: Decisions, later: Decisions) -> npt.NDArray[np.bool_]:
+    """Return the mask of the rows that went for a row that goes by later decisions."""
+    return decisions.goes & np.isin(decisions.keeper, later.uid[later.goes])
+
+
+def _span(place: slice) -> Ints:
+    return np.arange(place.start, place.stop)

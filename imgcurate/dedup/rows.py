@@ -1,0 +1,115 @@
+"""Embeddings -> unit rows with cluster and preference: what all ways of deduplication begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from imgcurate.backend import Backend
+from imgcurate.dedup.config import DedupConfig
+from imgcurate.dedup.keep import hash_uids
+from imgcurate.dedup.kmeans import assign
+from imgcurate.dedup.passes import Rows
+
+__all__ = ["make_rows", "sample_mask", "sample_order", "unit_rows"]
+
+_NORM_ROWS: Final = 65_536
+
+
+def unit_rows(x: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Return rows divided by their length, and the mask of those that have one.
+
+    Parameters
+    ----------
+    x : ndarray of shape (n, d)
+        Embeddings; rows of zeros, and rows with a value that is not finite, have no direction.
+
+    Returns
+    -------
+    x : ndarray of float32 of shape (n, d)
+        Unit rows; zeros where there is no direction.
+    valid : ndarray of bool of shape (n,)
+        Which rows have one.
+    """
+    out = np.zeros(x.shape, dtype=np.float32)
+    valid = np.zeros(len(x), dtype=bool)
+    for start in range(0, len(x), _NORM_ROWS):
+        at = slice(start, start + _NORM_ROWS)
+        block = x[at].astype(np.float64)
+        finite = np.isfinite(block).all(axis=1)
+        block[~finite] = 0
+        norm = np.sqrt((block * block).sum(axis=1))
+        valid[at] = norm > 0
+        out[at] = block / np.where(norm > 0, norm, 1)[:, None]
+    return out, valid
+
+
+def sample_mask(uid: npt.NDArray[np.int64], n_rows: int, fit_rows: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Return the rows to draw for k-means: by a hash of the uid, so the same in any partitioning.
+
+    Slightly more than `fit_rows` of `n_rows` are drawn; :func:`sample_order` says which to use.
+    """
+    share = fit_rows / max(1, n_rows) * (1 + 4 / np.sqrt(fit_rows + 1))
+    if share >= 1:
+        return np.ones(len(uid), dtype=bool)
+    drawn: npt.NDArray[np.bool_] = hash_uids(uid, seed) < np.uint64(share * 2.0**64)
+    return drawn
+
+
+def sample_order(uid: npt.NDArray[np.int64], fit_rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return the positions of the first `fit_rows` rows, in the order of their hash."""
+    return np.lexsort((uid, hash_uids(uid, seed)))[:fit_rows]
+
+
+def make_rows(
+    x: npt.NDArray[np.float32],
+    uid: npt.NDArray[np.int64],
+    name: npt.NDArray[Any],
+    columns: Mapping[str, npt.NDArray[Any]],
+    centroids: npt.NDArray[np.float32],
+    config: DedupConfig,
+    backend: Backend,
+) -> Rows:
+    """Assign unit rows to clusters and give them their preference.
+
+    Parameters
+    ----------
+    x : ndarray of float32 of shape (n, d)
+        Unit rows.
+    uid, name, columns
+        Their identity, name and the columns of ``config.keep_order``.
+    centroids : ndarray of float32 of shape (k, d)
+        Unit rows.
+    config : DedupConfig
+        The parameters.
+    backend : Backend
+        Where.
+    """
+    labels, similarity = assign(x, centroids, config.n_probe, backend)
+    keys = config.keep_order.keys(uid, similarity[:, 0], columns)
+    probes = labels[:, 1:].copy()
+    for i in range(probes.shape[1]):
+        probes[:, i][_beyond_reach(labels, similarity, i + 1, centroids, config.eps)] = -1
+    return Rows(uid, keys, labels[:, 0].copy(), probes, name, x)
+
+
+def _beyond_reach(
+    labels: npt.NDArray[np.int32],
+    similarity: npt.NDArray[np.float64],
+    i: int,
+    centroids: npt.NDArray[np.float32],
+    eps: float,
+) -> npt.NDArray[np.bool_]:
+    """Return the rows so far from the border to their i-th cluster that no row behind it is near.
+
+    A row behind the border lies at least as far away as the border, and two unit rows with a cosine
+    similarity >= 1 - eps lie at most sqrt(2 eps) apart.
+    """
+    a, b = centroids[labels[:, 0]].astype(np.float64), centroids[labels[:, i]].astype(np.float64)
+    between = np.linalg.norm(a - b, axis=1)
+    margin = (similarity[:, 0] - similarity[:, i]) / np.where(between > 0, between, 1)
+    beyond: npt.NDArray[np.bool_] = margin > np.sqrt(2 * eps) + 1e-3
+    return beyond

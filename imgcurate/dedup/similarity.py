@@ -1,0 +1,176 @@
+"""The kernels: cosine similarities of unit rows, as blocked matrix products.
+
+Products in float32 pick the candidates; each pair near the threshold is decided again in float64, so
+that the outcome does not depend on block sizes, threads or the device's order of summation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from imgcurate.backend import Backend
+
+__all__ = ["exact_similarity", "greedy_keep", "near_pairs", "rounding_error"]
+
+_BLOCK_ROWS: Final = 2048
+_SLICE_ROWS: Final = 16_384
+_EXACT_ROWS: Final = 8192
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+def rounding_error(dim: int) -> float:
+    """Return the largest error of a float32 inner product of two unit rows of `dim` values.
+
+    References
+    ----------
+    Higham: Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1.
+    """
+    return max(dim, 16) * 2.0**-24
+
+
+def exact_similarity(a: Floats, b: Floats, i: npt.NDArray[Any], j: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the inner products ``a[i] . b[j]`` in float64, each computed in the same way."""
+    out = np.empty(len(i))
+    for start in range(0, len(i), _EXACT_ROWS):
+        at = slice(start, start + _EXACT_ROWS)
+        left = a[i[at]].astype(np.float64)
+        left *= b[j[at]]
+        out[at] = left.sum(axis=1)
+    return out
+
+
+def greedy_keep(x: Floats, threshold: float, backend: Backend) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """Go through rows in order; keep each that is not near a row kept before.
+
+    Parameters
+    ----------
+    x : ndarray of float32 of shape (n, d)
+        Unit rows, the preferred first.
+    threshold : float
+        Rows with a cosine similarity >= this are near.
+    backend : Backend
+        Where the products are computed.
+
+    Returns
+    -------
+    keeper : ndarray of int64 of shape (n,)
+        For a row that goes, the most similar of the kept rows before it; -1 for a row that stays.
+    similarity : ndarray of float64 of shape (n,)
+        To that row; NaN for a row that stays.
+
+    Notes
+    -----
+    Time is O(n x kept x d); device memory beside the kept rows is one block of products.
+    """
+    n = len(x)
+    keeper = np.full(n, -1, dtype=np.int64)
+    similarity = np.full(n, np.nan)
+    kept = _KeptRows(x, backend)
+    for start in range(0, n, _BLOCK_ROWS):
+        block = x[start : start + _BLOCK_ROWS]
+        i, j = kept.candidates(block, threshold)
+        _take_best(keeper, similarity, start + i, j, exact_similarity(block, x, i, j), threshold)
+        _within_block(block, keeper[start:], similarity[start:], start, threshold, backend)
+        kept.add(start + np.flatnonzero(keeper[start : start + len(block)] < 0))
+    return keeper, similarity
+
+
+class _KeptRows:
+    """The rows kept so far, on the device, in slices of fixed size."""
+
+    def __init__(self, x: Floats, backend: Backend) -> None:
+        self._x, self._backend = x, backend
+        self._index: Ints = np.empty(0, dtype=np.int64)
+        self._slices: list[Any] = []
+
+    def add(self, rows: Ints) -> None:
+        full = len(self._index) // _SLICE_ROWS * _SLICE_ROWS
+        self._index = np.concatenate([self._index, rows])
+        del self._slices[full // _SLICE_ROWS :]
+        for start in range(full, len(self._index), _SLICE_ROWS):
+            part = self._x[self._index[start : start + _SLICE_ROWS]]
+            self._slices.append(self._backend.asarray(part))
+
+    def candidates(self, block: Floats, threshold: float) -> tuple[Ints, Ints]:
+        """Return (row of the block, kept row) of all pairs that may reach the threshold."""
+        on_device = self._backend.asarray(block)
+        found_i, found_j = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        for k, part in enumerate(self._slices):
+            i, j = _nonzero(on_device @ part.T, threshold, block.shape[1], self._backend)
+            found_i.append(i)
+            found_j.append(self._index[k * _SLICE_ROWS + j])
+        return np.concatenate(found_i), np.concatenate(found_j)
+
+
+def _nonzero(products: Any, threshold: float, dim: int, backend: Backend) -> tuple[Ints, Ints]:
+    i, j = backend.xp.nonzero(products >= np.float32(threshold - rounding_error(dim)))
+    return backend.to_host(i).astype(np.int64), backend.to_host(j).astype(np.int64)
+
+
+def _take_best(
+    keeper: Ints,
+    similarity: npt.NDArray[np.float64],
+    rows: Ints,
+    others: Ints,
+    values: npt.NDArray[np.float64],
+    threshold: float,
+) -> None:
+    """Give each row its most similar other, of equally similar ones the preferred one."""
+    near = values >= threshold
+    rows, others, values = rows[near], others[near], values[near]
+    order = np.lexsort((others, -values, rows))
+    rows, first = np.unique(rows[order], return_index=True)
+    keeper[rows] = others[order][first]
+    similarity[rows] = values[order][first]
+
+
+def _within_block(
+    block: Floats,
+    keeper: Ints,
+    similarity: npt.NDArray[np.float64],
+    start: int,
+    threshold: float,
+    backend: Backend,
+) -> None:
+    """Compare the rows of a block with those of them that stay; `keeper` and `similarity` begin with the block."""
+    on_device = backend.asarray(block)
+    i, j = _nonzero(backend.xp.triu(on_device @ on_device.T, 1), threshold, block.shape[1], backend)
+    later = j > i
+    i, j = i[later], j[later]
+    bounds = np.searchsorted(i, np.arange(len(block) + 1))
+    for a in np.unique(i):
+        if keeper[a] >= 0:
+            continue
+        b = j[bounds[a] : bounds[a + 1]]
+        values = exact_similarity(block, block, np.full(len(b), a), b)
+        better = (values >= threshold) & ~(values <= similarity[b])
+        keeper[b[better]] = start + a
+        similarity[b[better]] = values[better]
+
+
+def near_pairs(a: Floats, b: Floats, threshold: float, backend: Backend) -> tuple[Ints, Ints, npt.NDArray[np.float64]]:
+    """Return all pairs of rows of `a` and of `b` with a cosine similarity >= `threshold`.
+
+    Returns
+    -------
+    i, j : ndarray of int64
+        Rows of `a` and of `b`.
+    similarity : ndarray of float64
+        Of each pair.
+    """
+    found: list[tuple[Ints, Ints]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    for left in range(0, len(a), _BLOCK_ROWS):
+        on_device = backend.asarray(a[left : left + _BLOCK_ROWS])
+        for right in range(0, len(b), _SLICE_ROWS):
+            part = backend.asarray(b[right : right + _SLICE_ROWS])
+            i, j = _nonzero(on_device @ part.T, threshold, a.shape[1], backend)
+            found.append((left + i, right + j))
+    i, j = (np.concatenate(c) for c in zip(*found, strict=True))
+    values = exact_similarity(a, b, i, j)
+    near = values >= threshold
+    return i[near], j[near], values[near]

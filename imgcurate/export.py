@@ -1,0 +1,277 @@
+"""Kept samples -> tar shards: whole samples are copied as byte spans, never decoded or encoded again.
+
+An output shard is ``00000.tar`` with ``00000.parquet`` beside it, one row per sample. Samples come in
+the order of their uid, ``images_per_tar`` to a shard, so the same input gives the same bytes whatever
+the number of workers. Two samples of one shard cannot share a key: the later one's members get the
+key ``<key>_<uid>`` in new headers, and the sidecar's ``source_key`` tells the old one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgcurate import schema
+from imgcurate.catalog import Catalog, write_parquet
+from imgcurate.errors import ImgcurateError
+from imgcurate.storage import Source, StorageOptions, atomic_write, join_url, open_source
+from imgcurate.tar import BLOCK, end_of_archive, padding, scan_tar, tar_header
+
+__all__ = ["SOURCE_KEY", "OutputShard", "kept_counts", "plan_shards", "shard_name", "write_shard"]
+
+SOURCE_KEY: Final = "source_key"
+_COPY_BYTES: Final = 8 * 1024 * 1024
+_INTERNAL: Final = frozenset({schema.SPANS, schema.OFFSET, schema.STATUS, schema.REASON, schema.DUPLICATE_OF,
+                              schema.SIMILARITY})  # fmt: skip
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """Which kept samples go into one output shard.
+
+    Attributes
+    ----------
+    number : int
+        0-based number, which names the files.
+    slices : tuple of (part, start, stop)
+        Per part of the catalog, the range among its kept rows.
+    """
+
+    number: int
+    slices: tuple[tuple[int, int, int], ...]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in the shard."""
+        return sum(stop - start for _, start, stop in self.slices)
+
+
+def shard_name(number: int) -> str:
+    """Return the name of an output shard without its extension."""
+    return f"{number:05d}"
+
+
+def plan_shards(kept: Sequence[int], images_per_tar: int) -> list[OutputShard]:
+    """Divide the kept samples into output shards.
+
+    Parameters
+    ----------
+    kept : sequence of int
+        Kept samples of each part, in the order of the parts.
+    images_per_tar : int
+        Samples per output shard; the last one may hold fewer.
+    """
+    shards: list[OutputShard] = []
+    slices: list[tuple[int, int, int]] = []
+    room = images_per_tar
+    for part, count in enumerate(kept):
+        start = 0
+        while start < count:
+            stop = min(count, start + room)
+            slices.append((part, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                shards.append(OutputShard(len(shards), tuple(slices)))
+                slices, room = [], images_per_tar
+    if slices:
+        shards.append(OutputShard(len(shards), tuple(slices)))
+    return shards
+
+
+def kept_counts(table: pa.Table) -> dict[str, int]:
+    """Return the number of rows per status, the accounting of a part."""
+    counts = table[schema.STATUS].value_counts().to_pylist()
+    return {c["values"]: c["counts"] for c in counts}
+
+
+def write_shard(
+    shard: OutputShard,
+    catalog: Catalog,
+    folder: str,
+    *,
+    read_options: StorageOptions | None = None,
+) -> dict[str, Any]:
+    """Write one output shard and its sidecar.
+
+    Parameters
+    ----------
+    shard : OutputShard
+        What goes in.
+    catalog : Catalog
+        Where the rows are.
+    folder : str
+        URL of the folder for ``00000.tar`` and ``00000.parquet``.
+    read_options : mapping, optional
+        fsspec options of the input shards.
+
+    Returns
+    -------
+    dict
+        ``name``, ``samples`` and ``nbytes`` of the tar.
+
+    Raises
+    ------
+    ImgcurateError
+        If an input shard is no longer as it was indexed.
+    StorageError
+        If the output cannot be written.
+
+    Notes
+    -----
+    Memory is one copy block and the rows of the shard. The sidecar is written last: a shard that
+    has one is complete.
+    """
+    rows = _rows(shard, catalog)
+    name = shard_name(shard.number)
+    keys = _unique_keys(rows)
+    with atomic_write(join_url(folder, f"{name}.tar"), catalog.storage_options) as out:
+        nbytes = _copy_samples(rows, keys, out, read_options)
+    write_parquet(join_url(folder, f"{name}.parquet"), _sidecar(rows, keys), catalog.storage_options)
+    return {"name": f"{name}.tar", "samples": len(rows), "nbytes": nbytes}
+
+
+def _rows(shard: OutputShard, catalog: Catalog) -> pa.Table:
+    columns = [c for c in catalog.schema.names if c != schema.EMBEDDING]
+    tables = []
+    for part, start, stop in shard.slices:
+        table = catalog.read(part, columns)
+        kept = table.filter(pc.equal(table[schema.STATUS], schema.STATUS_OK))
+        tables.append(kept.slice(start, stop - start))
+    rows = pa.concat_tables(tables)
+    if len(rows) != shard.samples:
+        raise ImgcurateError(f"shard {shard.number} should have {shard.samples} samples and has {len(rows)}")
+    return rows
+
+
+def _unique_keys(rows: pa.Table) -> list[str]:
+    taken = set(rows[schema.KEY].to_pylist())
+    seen: set[str] = set()
+    keys = []
+    for key, uid in zip(rows[schema.KEY].to_pylist(), rows[schema.UID].to_pylist(), strict=True):
+        unique = key
+        if key in seen:
+            unique = f"{key}_{uid}"
+            while unique in taken:
+                unique += "_"
+            taken.add(unique)
+        seen.add(unique)
+        keys.append(unique)
+    return keys
+
+
+def _sidecar(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
+    columns = {}
+    for name in rows.column_names:
+        if name == schema.KEY:
+            columns[schema.KEY] = pa.array(keys, pa.string())
+            columns[SOURCE_KEY] = rows[schema.KEY]
+        elif name not in _INTERNAL:
+            columns[name] = rows[name]
+    return pa.table(columns)
+
+
+def _copy_samples(rows: pa.Table, keys: Sequence[str], out: IO[bytes], read_options: StorageOptions | None) -> int:
+    position = 0
+    pending: tuple[str, int, int] | None = None
+    with _Sources(read_options) as sources:
+        for url, key, source_key, spans in zip(
+            rows[schema.SHARD].to_pylist(), keys, rows[schema.KEY].to_pylist(), rows[schema.SPANS].to_pylist(),
+            strict=True,
+        ):  # fmt: skip
+            if key != source_key:
+                if pending:
+                    position += _copy(sources(pending[0]), pending[1], pending[2], out)
+                    pending = None
+                position += _copy_renamed(sources(url), spans, key, out)
+                continue
+            for start, length in zip(spans[::2], spans[1::2], strict=True):
+                if pending and pending[0] == url and pending[2] == start:
+                    pending = (url, pending[1], start + length)
+                    continue
+                if pending:
+                    position += _copy(sources(pending[0]), pending[1], pending[2], out)
+                pending = (url, start, start + length)
+        if pending:
+            position += _copy(sources(pending[0]), pending[1], pending[2], out)
+    end = end_of_archive(position)
+    out.write(end)
+    return position + len(end)
+
+
+def _copy(source: Source, start: int, stop: int, out: IO[bytes]) -> int:
+    position = start
+    while position < stop:
+        block = source.pread(position, min(_COPY_BYTES, stop - position))
+        if not block:
+            raise ImgcurateError(
+                f"{source.url} ends at byte {source.size}, before {stop}: it changed since it was indexed"
+            )
+        out.write(block)
+        position += len(block)
+    # The last member of an archive may lack its padding.
+    filled = padding(stop - start)
+    out.write(filled)
+    return stop - start + len(filled)
+
+
+def _copy_renamed(source: Source, spans: Sequence[int], new_key: str, out: IO[bytes]) -> int:
+    """Copy a sample under another key: new headers, the same data."""
+    sample = _SpanSource(source, spans)
+    written = 0
+    for member in scan_tar(sample).members:
+        ext = member.name[member.name.index(".", member.name.rfind("/") + 1) :]
+        template = sample.pread(member.data_offset - BLOCK, BLOCK)
+        header = tar_header(f"{new_key}{ext}", member.size, template)
+        out.write(header)
+        written += len(header) + _copy(sample, member.data_offset, member.end, out)
+    return written
+
+
+class _SpanSource:
+    """The byte spans of one sample, one after the other, as a file of their own."""
+
+    def __init__(self, source: Source, spans: Sequence[int]) -> None:
+        self.url = source.url
+        self._source = source
+        self._spans = list(zip(spans[::2], spans[1::2], strict=True))
+        self.size = sum(spans[1::2])
+
+    def pread(self, offset: int, length: int) -> bytes:
+        blocks = []
+        for start, n in self._spans:
+            if offset < n and length > 0:
+                blocks.append(self._source.pread(start + offset, min(length, n - offset)))
+                length -= len(blocks[-1])
+            offset = max(0, offset - n)
+        return b"".join(blocks)
+
+    def close(self) -> None:
+        """Do nothing: the source belongs to the caller."""
+
+
+class _Sources:
+    """The input shards that are open while an output shard is written: at most a few at a time."""
+
+    def __init__(self, read_options: StorageOptions | None, limit: int = 8) -> None:
+        self._options, self._limit, self._open = read_options, limit, dict[str, Source]()
+
+    def __enter__(self) -> Callable[[str], Source]:
+        return self._get
+
+    def __exit__(self, *exc: object) -> None:
+        for source in self._open.values():
+            source.close()
+
+    def _get(self, url: str) -> Source:
+        if url not in self._open:
+            if len(self._open) >= self._limit:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[url] = open_source(url, self._options)
+        return self._open[url]

@@ -1,0 +1,131 @@
+"""What is in shards, without decoding an image."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import pyarrow.compute as pc
+
+from imgcurate import schema
+from imgcurate.shards import index_shard
+from imgcurate.storage import expand_urls, file_size
+
+__all__ = ["Inspection", "ShardInspection", "inspect_shards"]
+
+_THREADS: Final = 8
+
+
+@dataclass(frozen=True)
+class ShardInspection:
+    """What is in one shard.
+
+    Attributes
+    ----------
+    url : str
+        The shard.
+    samples, ok, members : int
+        Samples; those with an image and without damage; members that belong to a sample.
+    nbytes : int
+        Size of the shard.
+    extensions : dict of str to int
+        Members by extension.
+    problems : dict of str to int
+        Problems by kind.
+    """
+
+    url: str
+    samples: int
+    ok: int
+    members: int
+    nbytes: int
+    extensions: dict[str, int]
+    problems: dict[str, int]
+    details: list[str]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in several shards.
+
+    Attributes
+    ----------
+    shards : list of ShardInspection
+        One for each shard, in the order of the shard numbers.
+    """
+
+    shards: list[ShardInspection] = field(default_factory=list)
+
+    @property
+    def extensions(self) -> dict[str, int]:
+        """Members by extension, most frequent first."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.extensions)
+        return dict(total.most_common())
+
+    @property
+    def details(self) -> list[str]:
+        """One line per problem: shard, byte offset, kind, words."""
+        return [line for shard in self.shards for line in shard.details]
+
+    def summary(self) -> str:
+        """Return the totals in one line."""
+        samples, ok = sum(s.samples for s in self.shards), sum(s.ok for s in self.shards)
+        members, nbytes = sum(s.members for s in self.shards), sum(s.nbytes for s in self.shards)
+        return (
+            f"{len(self.shards):,} shards, {samples:,} samples ({ok:,} ok), {members:,} members, "
+            f"{nbytes:,} bytes, {len(self.details):,} problems"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return {
+            "shards": [asdict(s) for s in self.shards],
+            "samples": sum(s.samples for s in self.shards),
+            "ok": sum(s.ok for s in self.shards),
+            "members": sum(s.members for s in self.shards),
+            "nbytes": sum(s.nbytes for s in self.shards),
+            "extensions": self.extensions,
+        }
+
+
+def inspect_shards(inputs: str | Sequence[str], *, storage_options: Mapping[str, Any] | None = None) -> Inspection:
+    """Index shards and report what is in them.
+
+    Parameters
+    ----------
+    inputs : str or sequence of str
+        Paths, fsspec URLs or patterns of tar shards.
+    storage_options : mapping, optional
+        Passed to fsspec.
+
+    Raises
+    ------
+    InputError
+        If an input does not exist.
+    """
+    urls = expand_urls(inputs, storage_options)
+    for url in urls:
+        file_size(url, storage_options)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda item: _inspect(item[1], item[0], storage_options), enumerate(urls))
+        return Inspection(list(found))
+
+
+def _inspect(url: str, number: int, storage_options: Mapping[str, Any] | None) -> ShardInspection:
+    index = index_shard(url, number, storage_options=storage_options)
+    extensions = Counter(index.table[schema.MEMBERS].combine_chunks().flatten().to_pylist())
+    return ShardInspection(
+        url=url,
+        samples=len(index.table),
+        ok=pc.sum(pc.equal(index.table[schema.STATUS], schema.STATUS_OK)).as_py() or 0,
+        members=sum(extensions.values()),
+        nbytes=index.nbytes,
+        extensions=dict(extensions.most_common()),
+        problems=dict(Counter(p.kind for p in index.problems).most_common()),
+        details=[f"{url} at byte {p.offset:,}: {p.kind}: {p.detail}" for p in index.problems],
+    )

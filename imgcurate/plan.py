@@ -1,0 +1,160 @@
+"""Check a pipeline before it starts, and divide it into phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from imgcurate import schema
+from imgcurate.errors import ConfigError
+from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Stage, columns_added
+from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
+from imgcurate.stages.writer import ImageWriterStage
+
+__all__ = ["Phase", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Stages that run together.
+
+    Attributes
+    ----------
+    name : str
+        Such as ``0-read`` or ``1-SemanticDedupStage``; names the folder of the checkpoint.
+    stages : tuple of Stage
+        Per-batch stages that are fused, or one stage that needs the whole data set.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether the phase is one stage over the whole data set."""
+        return bool(self.stages) and isinstance(self.stages[0], DatasetStage)
+
+    @property
+    def batch_stages(self) -> tuple[ProcessingStage, ...]:
+        """The phase's per-batch stages."""
+        return tuple(s for s in self.stages if isinstance(s, ProcessingStage))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pipeline that can work.
+
+    Attributes
+    ----------
+    source : FilePartitioningStage
+        What is read.
+    reader : ImageReaderStage
+        How it is decoded.
+    phases : tuple of Phase
+        What runs, in order; the first one reads the shards.
+    writer : ImageWriterStage or None
+        What is written at the end.
+    types : dict of str to pa.DataType
+        Arrow types of all columns of the catalog.
+    """
+
+    source: FilePartitioningStage
+    reader: ImageReaderStage
+    phases: tuple[Phase, ...]
+    writer: ImageWriterStage | None
+    types: dict[str, pa.DataType] = field(default_factory=dict)
+
+
+def make_plan(stages: Sequence[Stage]) -> Plan:
+    """Check a pipeline's stages and divide them into phases.
+
+    Raises
+    ------
+    ConfigError
+        If a stage stands in the wrong place or needs a column that no stage before it adds; the
+        message names both.
+    EncoderMismatchError
+        If a head would get embeddings of a model that it was not trained on.
+    """
+    source, reader, rest = _head(stages)
+    writer = None
+    if rest and isinstance(rest[-1], ImageWriterStage):
+        writer, rest = rest[-1], rest[:-1]
+    types = _check_columns(reader, [*rest, *([writer] if writer else [])])
+    phases: list[Phase] = []
+    fused: list[Stage] = []
+    for stage in rest:
+        if isinstance(stage, DatasetStage):
+            if fused or not phases:
+                phases.append(_batch_phase(len(phases), fused))
+            phases.append(Phase(f"{len(phases)}-{stage.name}", (stage,)))
+            fused = []
+        else:
+            fused.append(stage)
+    if fused or not phases:
+        phases.append(_batch_phase(len(phases), fused))
+    return Plan(source, reader, tuple(phases), writer, types)
+
+
+def _batch_phase(number: int, stages: Sequence[Stage]) -> Phase:
+    return Phase(f"{number}-{'read' if number == 0 else 'batches'}", tuple(stages))
+
+
+def _head(stages: Sequence[Stage]) -> tuple[FilePartitioningStage, ImageReaderStage, list[Stage]]:
+    for stage in stages:
+        if not isinstance(stage, Stage):
+            raise ConfigError(f"{stage!r} is not a stage: expected instances of ProcessingStage and its kin")
+    if not stages or not isinstance(stages[0], FilePartitioningStage):
+        raise ConfigError("a pipeline begins with FilePartitioningStage(file_paths=...), which says what is read")
+    if len(stages) < 2 or not isinstance(stages[1], ImageReaderStage):
+        raise ConfigError("the second stage of a pipeline is ImageReaderStage(), which reads the samples")
+    rest = list(stages[2:])
+    for stage in rest:
+        if isinstance(stage, (FilePartitioningStage, ImageReaderStage)):
+            raise ConfigError(f"stage {type(stage).__name__} stands twice in the pipeline")
+        if not isinstance(stage, (ProcessingStage, DatasetStage)):
+            raise ConfigError(f"stage {stage.name} is neither a ProcessingStage nor a DatasetStage")
+        if isinstance(stage, ImageWriterStage) and stage is not rest[-1]:
+            raise ConfigError("ImageWriterStage must be the last stage")
+    return stages[0], stages[1], rest
+
+
+def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[str, pa.DataType]:
+    types = columns_added(reader)
+    removed: dict[str, str] = {}
+    encoder: str | None = None
+    for stage in stages:
+        for column in stage.needs:
+            if column not in types:
+                raise ConfigError(_missing(stage, column, types, removed))
+        stage.check(encoder)
+        added = columns_added(stage)
+        clash = [c for c in added if c in schema.INDEX_COLUMNS]
+        if clash:
+            raise ConfigError(f"stage {stage.name} adds the column {clash[0]!r}, which belongs to imgcurate")
+        twice = [c for c in added if c in types]
+        if twice:
+            raise ConfigError(f"stage {stage.name} adds the column {twice[0]!r}, which a stage before it added")
+        types |= added
+        if schema.EMBEDDING in added and isinstance(stage, ProcessingStage):
+            encoder = stage.encoder
+        for rule in stage.rules if isinstance(stage, ProcessingStage) else ():
+            if rule.column not in types:
+                raise ConfigError(_missing(stage, rule.column, types, removed))
+        gone = {IMAGE: stage.name} if isinstance(stage, DatasetStage) else dict.fromkeys(stage.removes, stage.name)
+        for column in gone:
+            types.pop(column, None)
+        removed |= gone
+    types.pop(IMAGE, None)
+    return types
+
+
+def _missing(stage: Stage, column: str, types: dict[str, pa.DataType], removed: dict[str, str]) -> str:
+    if column in removed:
+        return (
+            f"stage {stage.name} needs the {column!r} data, which is gone after {removed[column]}: move the stage "
+            "before it (or set remove_image_data=False there)"
+        )
+    return f"stage {stage.name} needs the column {column!r}, and the stages before it give {', '.join(types)}"

@@ -1,0 +1,29 @@
+"""The stages of a pipeline, and the functions on frames that go with them."""
+
+from imgcurate.stages.aesthetic import ImageAestheticFilterStage, score_aesthetic
+from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, Worker
+from imgcurate.stages.deduplication import SemanticDedupStage, semantic_dedup
+from imgcurate.stages.embedding import ImageEmbeddingStage, embed
+from imgcurate.stages.nsfw import ImageNSFWFilterStage, score_nsfw
+from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
+from imgcurate.stages.writer import ImageWriterStage, write_webdataset
+
+__all__ = [
+    "DatasetStage",
+    "FilePartitioningStage",
+    "ImageAestheticFilterStage",
+    "ImageEmbeddingStage",
+    "ImageNSFWFilterStage",
+    "ImageReaderStage",
+    "ImageWriterStage",
+    "ProcessingStage",
+    "Rule",
+    "SemanticDedupStage",
+    "Stage",
+    "Worker",
+    "embed",
+    "score_aesthetic",
+    "score_nsfw",
+    "semantic_dedup",
+    "write_webdataset",
+]

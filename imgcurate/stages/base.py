@@ -1,0 +1,237 @@
+"""What a stage is: the columns that it needs and adds, the pixels that it looks at, what it does.
+
+Three kinds make a pipeline: the two that say what is read (:mod:`imgcurate.stages.reading`),
+per-batch stages (:class:`ProcessingStage`), which run fused in one task per partition, and stages
+that need the whole data set (:class:`DatasetStage`).
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Final
+
+import dask.dataframe as dd
+import pyarrow as pa
+
+from imgcurate.backend import Backend
+from imgcurate.batches import ImageBatch, PixelView
+from imgcurate.errors import ConfigError
+
+__all__ = [
+    "IMAGE",
+    "DatasetStage",
+    "ProcessingStage",
+    "Rule",
+    "Stage",
+    "Worker",
+    "columns_added",
+    "stage_config",
+]
+
+IMAGE: Final = "image"
+"""The pseudo-column that stands for pixels in ``needs``; it never leaves a task."""
+
+_OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
+    ">=": operator.ge, ">": operator.gt, "<": operator.lt, "<=": operator.le,
+}  # fmt: skip
+_OPPOSITE: Final = {">=": "<", ">": "<=", "<": ">=", "<=": ">"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A threshold on a score column: keep the rows that satisfy it.
+
+    Attributes
+    ----------
+    column : str
+        The column that decides.
+    op : {">=", ">", "<", "<="}
+        Keep where ``column op threshold``; NaN is never kept.
+    threshold : float
+        The number compared with.
+    status : str
+        Status of the rows that are dropped.
+    """
+
+    column: str
+    op: str
+    threshold: float
+    status: str
+
+    def __post_init__(self) -> None:
+        if self.op not in _OPERATORS:
+            raise ConfigError(f"rule on {self.column}: op={self.op!r} is none of {', '.join(_OPERATORS)}")
+
+    def keeps(self, values: Any) -> Any:
+        """Return the mask of the values that are kept."""
+        return _OPERATORS[self.op](values, self.threshold)
+
+    def reason(self, value: float) -> str:
+        """Say why `value` was dropped, such as ``aesthetic_score 0.41 < 0.50``."""
+        if value != value:
+            return f"{self.column} is not a number"
+        for digits in range(2, 9):
+            got, limit = f"{value:.{digits}f}", f"{self.threshold:.{digits}f}"
+            if got != limit and float(limit) == round(self.threshold, 9):
+                break
+        return f"{self.column} {got} {_OPPOSITE[self.op]} {limit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Where a stage runs.
+
+    Attributes
+    ----------
+    backend : Backend
+        CPU or GPU, and the libraries that go with it.
+    num_threads : int
+        CPU threads that this worker process should use.
+    """
+
+    backend: Backend
+    num_threads: int
+
+    @property
+    def device(self) -> str:
+        """The torch device, ``cpu`` or ``cuda:0``."""
+        return self.backend.torch_device
+
+
+class Stage:
+    """Base of all stages.
+
+    Attributes
+    ----------
+    name : str
+        Shown in plans and messages, and the status of what the stage drops. Default: the class name.
+    needs : tuple of str
+        Columns that must exist before; ``"image"`` stands for pixels.
+    adds : mapping of str to (str or pa.DataType)
+        Columns that the stage makes, with their Arrow types (``"float32"``, ``pa.list_(...)``).
+    """
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    adds: ClassVar[Mapping[str, str | pa.DataType]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+
+    @property
+    def removes(self) -> tuple[str, ...]:
+        """Columns that are gone after the stage; ``"image"`` once the pixels are freed."""
+        return ()
+
+    def check(self, encoder: str | None) -> None:
+        """Check the parameters against the encoder in use, before anything runs.
+
+        Parameters
+        ----------
+        encoder : str or None
+            Identity of the embeddings that reach this stage; None if nothing embeds before it.
+        """
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what, besides the parameters, decides the values of the columns: model checksums."""
+        return {}
+
+
+class ProcessingStage(Stage):
+    """A stage that works batch by batch; subclass it for your own embedder, score or filter.
+
+    Override :meth:`process`, and :meth:`setup` where something must be loaded first. Drop samples
+    with :meth:`ImageBatch.drop`, or give :attr:`rules` on columns that the stage adds: rules are
+    kept in the run's manifest.
+
+    Attributes
+    ----------
+    encoder : str or None
+        For a stage that adds ``embedding``: a name for the model, so that heads can check it.
+
+    Examples
+    --------
+    >>> class Bright(ProcessingStage):
+    ...     name = "dark"
+    ...     needs = ("image",)
+    ...     adds = {"brightness": "float32"}
+    ...     views = (PixelView(32, 32),)
+    ...     rules = (Rule("brightness", ">=", 40, "dark"),)
+    ...
+    ...     def process(self, batch):
+    ...         batch["brightness"] = batch.pixels(self.views[0]).float().mean(dim=(1, 2, 3))
+    ...         return batch
+    """
+
+    views: tuple[PixelView, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    encoder: str | None = None
+
+    def setup(self, worker: Worker) -> None:
+        """Load what the stage needs; called once per worker process, before the first batch."""
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        """Process one batch and return it.
+
+        May be called by several threads of a worker at once.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not override process()")
+
+
+class DatasetStage(Stage):
+    """A stage that needs the whole data set: it takes and returns a Dask DataFrame.
+
+    The frame that comes out has the same rows in the same partitions, with columns added and
+    ``status`` and ``reason`` of dropped rows set.
+    """
+
+    def process_dataset(self, ddf: dd.DataFrame) -> dd.DataFrame:
+        """Process the data set."""
+        raise NotImplementedError(f"{type(self).__name__} does not override process_dataset()")
+
+
+def columns_added(stage: Stage) -> dict[str, pa.DataType]:
+    """Return the columns that a stage adds, with Arrow types.
+
+    Raises
+    ------
+    ConfigError
+        If a type is unknown.
+    """
+    added = {}
+    for column, type_ in stage.adds.items():
+        try:
+            added[column] = pa.type_for_alias(type_) if isinstance(type_, str) else type_
+        except ValueError as exc:
+            raise ConfigError(f"stage {stage.name}: column {column!r} has the unknown type {type_!r}") from exc
+    return added
+
+
+def stage_config(stage: Stage) -> dict[str, Any]:
+    """Return a stage as plain data: its class and its parameters, for plans and the manifest."""
+    if is_dataclass(stage):
+        params = {f.name: getattr(stage, f.name) for f in fields(stage) if f.init}
+    else:
+        params = {k: v for k, v in vars(stage).items() if not k.startswith("_")}
+    plain = {k: _plain(v) for k, v in params.items()}
+    kind = type(stage)
+    module = "" if kind.__module__.startswith("imgcurate.") else f"{kind.__module__}."
+    return {"stage": f"{module}{kind.__qualname__}", **plain}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    # The repr of most objects holds their address, which differs from run to run.
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"

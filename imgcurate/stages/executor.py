@@ -1,0 +1,322 @@
+"""Run per-batch stages, fused, over one partition: the body of every ``map_partitions`` call."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+import dask.dataframe as dd
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from imgcurate import schema
+from imgcurate.backend import Backend, array_from_list_column, cpu_count, get_backend, list_array
+from imgcurate.batches import ImageBatch
+from imgcurate.errors import ConfigError
+from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
+from imgcurate.stages.reading import ImageReaderStage, read_pixels
+
+__all__ = ["Program", "apply_stages"]
+
+_BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Program:
+    """Per-batch stages to run one after the other on each batch of a partition.
+
+    Attributes
+    ----------
+    stages : tuple of ProcessingStage
+        What to run, in order.
+    reader : ImageReaderStage or None
+        How to decode; None if no stage looks at pixels.
+    device : {"auto", "cpu", "gpu"}
+        Where.
+    storage_options : mapping, optional
+        For reading the shards.
+    """
+
+    stages: tuple[ProcessingStage, ...]
+    reader: ImageReaderStage | None = None
+    device: str = "auto"
+    storage_options: Mapping[str, Any] | None = None
+    token: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = cloudpickle.dumps((self.stages, self.reader, self.device))
+        object.__setattr__(self, "token", hashlib.sha256(content).hexdigest())
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Arrow types of all columns that the stages add."""
+        return {name: type_ for stage in self.stages for name, type_ in columns_added(stage).items()}
+
+    def output_schema(self, columns: Sequence[str], types: Mapping[str, pa.DataType]) -> pa.Schema:
+        """Return the schema of the result for input `columns`."""
+        added = self.types
+        return schema.arrow_schema([*columns, *(c for c in added if c not in columns)], {**types, **added})
+
+    def run(self, table: pa.Table) -> pa.Table:
+        """Run the stages over one partition.
+
+        Parameters
+        ----------
+        table : pa.Table
+            Index columns and what earlier stages added.
+
+        Returns
+        -------
+        pa.Table
+            The same rows with the stages' columns; ``status`` and ``reason`` of rows that left are set.
+        """
+        stages, worker = _prepared(self)
+        results = _Results(table, self.types)
+        for positions, batch in self._batches(table, stages, worker, results):
+            current = batch
+            for k, stage in enumerate(stages):
+                current = stage.process(current)
+                if not isinstance(current, ImageBatch) or len(current) != len(positions):
+                    raise ConfigError(f"stage {stage.name}: process() must return the batch with all its rows")
+                results.take_drops(k, stage, positions, current)
+                if IMAGE in stage.removes:
+                    current.remove_pixels()
+            results.take_columns(positions, current)
+        results.apply_rules(stages)
+        return results.table(self.output_schema(table.column_names, {f.name: f.type for f in table.schema}))
+
+    def _batches(
+        self, table: pa.Table, stages: Sequence[ProcessingStage], worker: Worker, results: _Results
+    ) -> Iterator[tuple[npt.NDArray[np.int64], ImageBatch]]:
+        views = tuple(dict.fromkeys(view for stage in stages for view in stage.views))
+        lists = [f.name for f in table.schema if pa.types.is_list(f.type)]
+        rows = worker_frame(table.drop_columns(lists))
+        if self.reader is None or not views:
+            yield from _column_batches(table, rows, stages, worker)
+            return
+        for positions, decoded in read_pixels(
+            table, views, self.reader, worker.backend,
+            num_threads=worker.num_threads, storage_options=self.storage_options,
+        ):  # fmt: skip
+            results.take_decoded(positions, decoded)
+            good = positions[decoded.ok]
+            if len(good):
+                sizes = {schema.WIDTH: decoded.widths[decoded.ok], schema.HEIGHT: decoded.heights[decoded.ok]}
+                yield good, ImageBatch(rows.iloc[good].assign(**sizes), decoded.images, device=worker.device)
+
+
+def _column_batches(
+    table: pa.Table, rows: pd.DataFrame, stages: Sequence[ProcessingStage], worker: Worker
+) -> Iterator[tuple[npt.NDArray[np.int64], ImageBatch]]:
+    made = {c for stage in stages for c in stage.adds}
+    needed = {c for stage in stages for c in stage.needs if c != IMAGE and c not in made}
+    valid = np.ones(len(table), dtype=bool)
+    for column in needed:
+        valid &= pc.is_valid(table[column]).to_numpy(zero_copy_only=False)
+    index = np.flatnonzero(valid)
+    for start in range(0, len(index), _BATCH_ROWS):
+        positions = index[start : start + _BATCH_ROWS]
+        columns = {}
+        for column in needed:
+            if pa.types.is_list(table.schema.field(column).type):
+                values = array_from_list_column(table[column].take(pa.array(positions)))
+                columns[column] = torch.from_numpy(np.array(values)).to(worker.device)
+        yield positions, ImageBatch(rows.iloc[positions], columns=columns, device=worker.device)
+
+
+def worker_frame(table: pa.Table) -> pd.DataFrame:
+    """Return an Arrow table as the pandas frame that batches are cut from."""
+    frame: pd.DataFrame = Backend("cpu").frame_from_arrow(table)
+    return frame
+
+
+class _Results:
+    """Gather what the batches of a partition gave, and make the partition's table of it."""
+
+    def __init__(self, table: pa.Table, types: Mapping[str, pa.DataType]) -> None:
+        self._table = table
+        self._types = types
+        self._status = np.array(table[schema.STATUS].to_pylist(), dtype=object)
+        self._reason = np.array(table[schema.REASON].to_pylist(), dtype=object)
+        self._sizes = {
+            name: table[name].to_numpy(zero_copy_only=False).copy() for name in (schema.WIDTH, schema.HEIGHT)
+        }
+        self._drops: list[tuple[int, npt.NDArray[np.int64], Any, Any, str]] = []
+        self._parts: dict[str, list[tuple[npt.NDArray[np.int64], Any]]] = {}
+        self._gathered: dict[str, tuple[npt.NDArray[np.bool_], Any]] = {}
+
+    def take_decoded(self, positions: npt.NDArray[np.int64], decoded: Any) -> None:
+        self._sizes[schema.WIDTH][positions] = decoded.widths
+        self._sizes[schema.HEIGHT][positions] = decoded.heights
+        for i in np.flatnonzero(~decoded.ok):
+            self._status[positions[i]] = schema.STATUS_DECODE_ERROR
+            self._reason[positions[i]] = decoded.reasons[i]
+
+    def take_drops(self, k: int, stage: ProcessingStage, positions: npt.NDArray[np.int64], batch: ImageBatch) -> None:
+        for mask, reason, status in batch.drops:
+            self._drops.append((k, positions, mask, reason, status or stage.name))
+        batch.drops = []
+
+    def take_columns(self, positions: npt.NDArray[np.int64], batch: ImageBatch) -> None:
+        for name in self._types:
+            if name != IMAGE:
+                self._parts.setdefault(name, []).append((positions, batch[name]))
+
+    def apply_rules(self, stages: Sequence[ProcessingStage]) -> None:
+        """Set status and reason: drops and rules in the order of the stages; the first one counts."""
+        for k, stage in enumerate(stages):
+            for at, positions, mask, reason, status in self._drops:
+                if at == k:
+                    self._drop(positions, _host(mask).astype(bool), reason, status)
+            for rule in stage.rules:
+                valid, values = self._values(rule.column)
+                left = valid.copy()
+                left[valid] = ~np.asarray(rule.keeps(values), dtype=bool)
+                index = np.flatnonzero(left)
+                position_of = np.cumsum(valid) - 1
+                reasons = [rule.reason(float(values[position_of[i]])) for i in index]
+                self._drop(index, np.ones(len(index), dtype=bool), reasons, rule.status)
+
+    def _drop(self, positions: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], reason: Any, status: str) -> None:
+        for i in np.flatnonzero(mask):
+            row = positions[i]
+            if self._status[row] == schema.STATUS_OK:
+                self._status[row] = status
+                self._reason[row] = reason if isinstance(reason, str) else str(reason[i])
+
+    def _values(self, name: str) -> tuple[npt.NDArray[np.bool_], Any]:
+        """Return which rows have a value of a column, and these values, in the order of the rows."""
+        if name not in self._gathered:
+            parts = self._parts.get(name, [])
+            valid = np.zeros(len(self._table), dtype=bool)
+            if name not in self._types:
+                column = self._table[name]
+                valid = pc.is_valid(column).to_numpy(zero_copy_only=False)
+                self._gathered[name] = valid, column.drop_null().to_numpy(zero_copy_only=False)
+            else:
+                for positions, _ in parts:
+                    valid[positions] = True
+                values = [_host(v) for _, v in parts]
+                self._gathered[name] = valid, np.concatenate(values) if values else np.empty(0)
+        return self._gathered[name]
+
+    def table(self, out: pa.Schema) -> pa.Table:
+        """Return the partition's table in the schema `out`."""
+        columns: dict[str, Any] = {name: self._table[name] for name in self._table.column_names}
+        for name, type_ in self._types.items():
+            if name != IMAGE:
+                columns[name] = self._column(name, type_)
+        columns |= {name: pa.array(values) for name, values in self._sizes.items()}
+        columns[schema.STATUS] = pa.array(self._status, pa.string())
+        columns[schema.REASON] = pa.array(self._reason, pa.string())
+        return pa.table({f.name: columns[f.name] for f in out}).cast(out)
+
+    def _column(self, name: str, type_: pa.DataType) -> pa.Array:
+        valid, values = self._values(name)
+        try:
+            if not len(values):
+                return pa.nulls(len(valid), type_)
+            if pa.types.is_list(type_) and getattr(values, "ndim", 1) == 2:
+                return list_array(values.astype(type_.value_type.to_pandas_dtype(), copy=False), valid)
+            taken = np.where(valid, np.cumsum(valid) - 1, 0)
+            full = pa.array(values, from_pandas=True).cast(type_)
+            return pc.if_else(pa.array(valid), full.take(pa.array(taken)), pa.scalar(None, type_))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as exc:
+            raise ConfigError(f"column {name!r} was declared as {type_} and does not hold such values: {exc}") from exc
+
+
+def _host(values: Any) -> npt.NDArray[Any]:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values)
+
+
+_lock = threading.Lock()
+_programs: dict[str, tuple[tuple[ProcessingStage, ...], Worker]] = {}
+
+
+def _prepared(program: Program) -> tuple[tuple[ProcessingStage, ...], Worker]:
+    """Return the program's stages, set up once in this process."""
+    with _lock:
+        if program.token not in _programs:
+            worker = Worker(get_backend(program.device), num_threads=min(torch.get_num_threads(), cpu_count()))
+            for stage in program.stages:
+                stage.setup(worker)
+            _programs[program.token] = (program.stages, worker)
+            while len(_programs) > 4:
+                _programs.pop(next(iter(_programs)))
+        return _programs[program.token]
+
+
+def apply_stages(
+    ddf: dd.DataFrame,
+    stages: Sequence[ProcessingStage],
+    *,
+    reader: ImageReaderStage | None = None,
+    device: str = "auto",
+    storage_options: Mapping[str, Any] | None = None,
+) -> dd.DataFrame:
+    """Run per-batch stages over a frame, lazily: one ``map_partitions`` call for all of them.
+
+    Parameters
+    ----------
+    ddf : dask.dataframe.DataFrame
+        From :func:`read_webdataset` or a function of this family.
+    stages : sequence of ProcessingStage
+        What to run.
+    reader : ImageReaderStage, optional
+        How to decode, if a stage looks at pixels.
+    device : {"auto", "cpu", "gpu"}
+        Where.
+    storage_options : mapping, optional
+        For reading the shards.
+
+    Raises
+    ------
+    ConfigError
+        If a column that a stage needs is missing.
+    """
+    have = {IMAGE, *ddf.columns} if reader is not None else set(ddf.columns)
+    for stage in stages:
+        missing = [c for c in (*stage.needs, schema.STATUS, schema.REASON) if c not in have]
+        if missing:
+            raise ConfigError(
+                f"stage {stage.name} needs the column {missing[0]!r}, and the frame has {', '.join(ddf.columns)}"
+            )
+        have |= set(stage.adds)
+    program = Program(tuple(stages), reader, device, storage_options)
+    types = frame_types(ddf)
+    out = program.output_schema(list(ddf.columns), types)
+    meta = get_backend(device).meta(out)
+    in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
+    return ddf.map_partitions(_run_frame, program, in_schema, meta=meta)
+
+
+def _run_frame(frame: Any, program: Program, in_schema: pa.Schema) -> Any:
+    backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
+    return backend.frame_from_arrow(program.run(backend.frame_to_arrow(frame, in_schema)))
+
+
+def frame_types(ddf: dd.DataFrame) -> dict[str, pa.DataType]:
+    """Return the Arrow types of a frame's columns: imgcurate's own, and what its dtypes tell."""
+    types = {}
+    for name in ddf.columns:
+        if name in schema.COLUMNS:
+            types[name] = schema.arrow_type(name)
+            continue
+        dtype = ddf._meta[name].dtype
+        if isinstance(dtype, pd.ArrowDtype):
+            types[name] = dtype.pyarrow_dtype
+        elif isinstance(dtype, pd.StringDtype) or dtype.kind == "O":
+            types[name] = pa.string()
+        else:
+            types[name] = pa.from_numpy_dtype(getattr(dtype, "numpy_dtype", dtype))
+    return types

@@ -1,0 +1,211 @@
+"""Where samples come from: which shards, in which partitions, and how their images are decoded."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgcurate import schema
+from imgcurate.backend import Backend
+from imgcurate.batches import PixelView
+from imgcurate.decode import MAX_PIXELS, Decoded, borrow_decoder
+from imgcurate.errors import ConfigError
+from imgcurate.stages.base import IMAGE, Stage
+from imgcurate.storage import Source, open_source, read_ranges
+
+__all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class FilePartitioningStage(Stage):
+    """Say which shards are read and how many go into a partition.
+
+    Attributes
+    ----------
+    file_paths : str or sequence of str
+        Paths or fsspec URLs of tar shards; braces and globs expand.
+    files_per_partition : int
+        Shards per partition, the unit of work, of retry and of the checkpoint.
+    storage_options : mapping, optional
+        Passed to fsspec (credentials, endpoint).
+    """
+
+    file_paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+    files_per_partition: int = 1
+    storage_options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.files_per_partition < 1:
+            raise ConfigError(f"files_per_partition={self.files_per_partition} should be >= 1")
+
+
+@dataclass(frozen=True)
+class ImageReaderStage(Stage):
+    """Read samples from their shards and decode the images.
+
+    Attributes
+    ----------
+    dali_batch_size : int
+        Images per batch, for DALI and for the stages after it.
+    num_threads : int, optional
+        DALI's CPU threads per worker; by default the worker's share of the cores.
+    max_pixels : int
+        Images with more pixels are refused before they are decoded.
+    text_columns : sequence of str
+        Members to have as columns, by extension: ``("txt", "json")`` gives captions and metadata.
+    num_gpus_per_worker : float
+        Share of a GPU that one task takes: 0.25 runs four tasks at once on each GPU.
+    """
+
+    dali_batch_size: int = 32
+    num_threads: int | None = None
+    max_pixels: int = MAX_PIXELS
+    text_columns: Sequence[str] = ()
+    num_gpus_per_worker: float = 1.0
+
+    name: ClassVar[str] = "ImageReaderStage"
+
+    def __post_init__(self) -> None:
+        if self.dali_batch_size < 1:
+            raise ConfigError(f"dali_batch_size={self.dali_batch_size} should be >= 1")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"num_threads={self.num_threads} should be >= 1")
+        if self.max_pixels < 1:
+            raise ConfigError(f"max_pixels={self.max_pixels} should be >= 1")
+        if not 0 < self.num_gpus_per_worker <= 1:
+            raise ConfigError(f"num_gpus_per_worker={self.num_gpus_per_worker} should be in (0, 1]")
+        if isinstance(self.text_columns, str):
+            raise ConfigError(f"text_columns={self.text_columns!r} should be a sequence, such as ('txt',)")
+        clash = set(self.text_columns) & set(schema.COLUMNS)
+        if clash:
+            raise ConfigError(f"text_columns: {', '.join(sorted(clash))} would hide a column of imgcurate")
+
+    @property
+    def adds(self) -> Mapping[str, str | pa.DataType]:  # type: ignore[override]
+        """The index columns, the text columns, and pixels."""
+        index = {name: schema.arrow_type(name) for name in schema.INDEX_COLUMNS}
+        return {**index, **dict.fromkeys(self.text_columns, pa.string()), IMAGE: pa.null()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    positions: npt.NDArray[np.int64]
+    blobs: list[bytes] = field(default_factory=list)
+
+
+def read_pixels(
+    table: pa.Table,
+    views: Sequence[PixelView],
+    reader: ImageReaderStage,
+    backend: Backend,
+    *,
+    num_threads: int,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[npt.NDArray[np.int64], Decoded]]:
+    """Read and decode the images of a partition, ahead of the caller.
+
+    While the caller works on batch n, batch n + 1 is decoded and the bytes of n + 2 are read.
+
+    Yields
+    ------
+    positions : ndarray of int64 of shape (m,)
+        Rows of `table`, in order; rows that are not ``ok`` are left out.
+    decoded : Decoded
+        Their pixels.
+    """
+    wanted = np.flatnonzero(pc.equal(table[schema.STATUS], schema.STATUS_OK).to_numpy(zero_copy_only=False))
+    size = reader.dali_batch_size
+    threads = reader.num_threads or num_threads
+    with borrow_decoder(views, backend, batch_size=size, num_threads=threads, max_pixels=reader.max_pixels) as decoder:
+        chunks = prefetch(_read_chunks(table, wanted, size, storage_options), depth=1)
+        yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
+
+
+def _read_chunks(
+    table: pa.Table, wanted: npt.NDArray[np.int64], size: int, storage_options: Mapping[str, Any] | None
+) -> Iterator[_Chunk]:
+    shards = table[schema.SHARD].to_pylist()
+    offsets = table[schema.OFFSET].to_pylist()
+    lengths = table[schema.NBYTES].to_pylist()
+    source: Source | None = None
+    try:
+        for start in range(0, len(wanted), size):
+            chunk = _Chunk(wanted[start : start + size])
+            first = 0
+            while first < len(chunk.positions):
+                url = shards[chunk.positions[first]]
+                last = first
+                while last < len(chunk.positions) and shards[chunk.positions[last]] == url:
+                    last += 1
+                if source is None or source.url != url:
+                    if source is not None:
+                        source.close()
+                    source = open_source(url, storage_options)
+                rows = chunk.positions[first:last]
+                chunk.blobs.extend(read_ranges(source, [(offsets[i], lengths[i]) for i in rows]))
+                first = last
+            yield chunk
+    finally:
+        if source is not None:
+            source.close()
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def prefetch(items: Iterable[_T], depth: int) -> Iterator[_T]:
+    """Run an iterator in a thread, `depth` items ahead; its errors come out here.
+
+    The thread ends when the consumer stops, also in the middle.
+    """
+    done = object()
+    stop = threading.Event()
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+
+    def put(item: object) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    thread = threading.Thread(target=_fill, args=(items, put, done), daemon=True, name="imgcurate-prefetch")
+    thread.start()
+    try:
+        while (item := ready.get()) is not done:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _fill(items: Iterable[Any], put: Callable[[object], bool], done: object) -> None:
+    iterator = iter(items)
+    try:
+        for item in iterator:
+            if not put(item):
+                break
+    except BaseException as exc:  # noqa: BLE001 - handed to the consumer, who raises it
+        put(_Failure(exc))
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
+        put(done)
