@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import dask
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -36,6 +39,7 @@ app = typer.Typer(
 _debug = False
 _MAX_SHARD_ROWS: Final = 50
 _MAX_PROBLEM_ROWS: Final = 20
+_PLAIN_EVERY_S: Final = 10.0
 
 Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Tar shards: paths, URLs, globs, {braces}.")]
 Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of the run.")]
@@ -63,6 +67,9 @@ def _options(
     del version
     _debug = debug
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    if not debug:
+        # What Dask says about dying workers is said again, in a line, when it ends the run.
+        dask.config.set(logging={"distributed": "critical"})
 
 
 @app.command(epilog="Example: imgcurate demo -o imgcurate-demo")
@@ -237,7 +244,7 @@ def _progress(quiet: bool) -> Any:
         yield None
         return
     if not console.is_terminal:
-        yield _plain_progress
+        yield _plain_progress()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn(), TextColumn("{task.fields[kept]}"))  # fmt: skip
@@ -258,11 +265,18 @@ def _progress(quiet: bool) -> Any:
         yield show
 
 
-def _plain_progress(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-    del result
-    step = max(1, total // 10)
-    if done == total or done % step == 0:
-        typer.echo(f"{phase}: {done} of {total} partitions", err=True)
+def _plain_progress() -> Callable[[str, int, int, dict[str, Any]], None]:
+    """Return a callback that writes a line when a phase ends, and every few seconds until then."""
+    last = time.monotonic()
+
+    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+        nonlocal last
+        del result
+        if done == total or time.monotonic() - last >= _PLAIN_EVERY_S:
+            last = time.monotonic()
+            typer.echo(f"{phase}: {done:,} of {total:,}", err=True)
+
+    return show
 
 
 def main() -> None:

@@ -39,8 +39,8 @@ class Rows:
         Preference, smaller first, column by column; then the uid.
     cluster : ndarray of int32 of shape (n,)
         The cluster that the row is looked at in: its nearest, but for :meth:`visitors`.
-    probes : ndarray of int32 of shape (n, n_probe - 1)
-        Further clusters to look at it in; -1 where no near row can be.
+    probes : ndarray of int32 of shape (n, p)
+        p >= 1 further clusters to look at it in; -1 where no near row can be.
     name : ndarray of object of shape (n,)
         How the row is named in words.
     x : ndarray of float32 of shape (n, d)
@@ -77,7 +77,7 @@ class Rows:
     def clusters(self) -> dict[int, slice]:
         """Return where each cluster lies in rows that are in order."""
         values, starts = np.unique(self.cluster, return_index=True)
-        stops = [*starts[1:], len(self)]
+        stops = [*starts, len(self)][1:]
         return {int(c): slice(int(a), int(b)) for c, a, b in zip(values, starts, stops, strict=True)}
 
     @staticmethod

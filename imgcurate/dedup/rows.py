@@ -90,9 +90,11 @@ def make_rows(
     """
     labels, similarity = assign(x, centroids, config.n_probe, backend)
     keys = config.keep_order.keys(uid, similarity[:, 0], columns)
-    probes = labels[:, 1:].copy()
-    for i in range(probes.shape[1]):
-        probes[:, i][_beyond_reach(labels, similarity, i + 1, centroids, config.eps)] = -1
+    # Arrow divides by zero where lists of fixed length are empty: there is always one column.
+    probes = np.full((len(x), max(1, labels.shape[1] - 1)), -1, dtype=np.int32)
+    for i in range(1, labels.shape[1]):
+        beyond = _beyond_reach(labels, similarity, i, centroids, config.eps)
+        probes[:, i - 1] = np.where(beyond, -1, labels[:, i])
     return Rows(uid, keys, labels[:, 0].copy(), probes, name, x)
 
 

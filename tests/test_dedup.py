@@ -1,0 +1,283 @@
+"""Deduplication in memory, against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from imgcurate.backend import Backend
+from imgcurate.dedup import DedupConfig, dedup_arrays
+from imgcurate.dedup import kmeans as kmeans_module
+from imgcurate.dedup import similarity as similarity_module
+from imgcurate.dedup.keep import KeepOrder, hash_uids
+from imgcurate.dedup.kmeans import assign, fit_centroids
+from imgcurate.dedup.rows import unit_rows
+from imgcurate.dedup.similarity import greedy_keep, near_pairs
+from imgcurate.errors import ConfigError
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def groups(n_groups: int, size: int, dim: int = 32, spread: float = 0.05, seed: int = 0) -> np.ndarray:
+    """Return rows in groups around random centres, shuffled: cosines of about 0.92 to 0.95 within a group."""
+    rng = np.random.default_rng(seed)
+    centres = unit(rng.normal(size=(n_groups, dim)))
+    rows = np.repeat(centres, size, axis=0) + spread * rng.normal(size=(n_groups * size, dim))
+    return unit(rows[rng.permutation(len(rows))])
+
+
+def greedy_by_hand(x: np.ndarray, order: np.ndarray, threshold: float) -> np.ndarray:
+    """Go through rows in order, comparing each with all kept before; return who is kept for whom."""
+    products = x.astype(np.float64) @ x.astype(np.float64).T
+    keeper = np.full(len(x), -1)
+    kept: list[int] = []
+    for i in order:
+        near = [k for k in kept if products[i, k] >= threshold]
+        if near:
+            keeper[i] = max(near, key=lambda k: products[i, k])
+        else:
+            kept.append(i)
+    return keeper
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 700])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.95])
+def test_greedy_keep_is_the_greedy_rule(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, n: int, threshold: float
+) -> None:
+    monkeypatch.setattr(similarity_module, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(similarity_module, "_SLICE_ROWS", 48)
+    x = groups(100, 7)[:n]
+    keeper, similarity = greedy_keep(x, threshold, backend)
+    expected = greedy_by_hand(x, np.arange(n), threshold)
+    np.testing.assert_array_equal(keeper, expected)
+    goes = keeper >= 0
+    products = (x[goes].astype(np.float64) * x[keeper[goes]]).sum(axis=1)
+    np.testing.assert_allclose(similarity[goes], products, atol=1e-12)
+    assert np.isnan(similarity[~goes]).all()
+    assert n < 700 or 0 < goes.sum() < n
+
+
+def test_greedy_keep_with_many_equal_rows(backend: Backend) -> None:
+    x = np.repeat(groups(3, 1), 3000, axis=0)
+    keeper, similarity = greedy_keep(x, 1 - 1e-6, backend)
+    np.testing.assert_array_equal(np.flatnonzero(keeper < 0), [0, 3000, 6000])
+    np.testing.assert_array_equal(keeper[keeper >= 0] // 3000, np.repeat([0, 1, 2], 2999))
+    np.testing.assert_allclose(similarity[keeper >= 0], 1, atol=1e-6)
+
+
+def test_near_pairs_finds_exactly_the_near_pairs(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity_module, "_BLOCK_ROWS", 50)
+    monkeypatch.setattr(similarity_module, "_SLICE_ROWS", 70)
+    x = groups(60, 5)
+    a, b = x[:130], x[130:]
+    i, j, similarity = near_pairs(a, b, 0.9, backend)
+    exact = a.astype(np.float64) @ b.astype(np.float64).T
+    assert set(zip(i.tolist(), j.tolist(), strict=True)) == set(zip(*np.nonzero(exact >= 0.9), strict=True))
+    np.testing.assert_allclose(similarity, exact[i, j], atol=1e-12)
+
+
+def test_assign_gives_the_nearest_centroids_in_any_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, centroids = groups(50, 8), groups(9, 1, seed=1)
+    labels, similarity = assign(x, centroids, 3, backend)
+    exact = x.astype(np.float64) @ centroids.astype(np.float64).T
+    np.testing.assert_array_equal(labels, np.argsort(-exact, axis=1)[:, :3])
+    np.testing.assert_allclose(similarity, np.take_along_axis(exact, labels.astype(int), axis=1), atol=1e-12)
+    monkeypatch.setattr(kmeans_module, "_BLOCK_VALUES", 9 * 7)
+    again = assign(x, centroids, 3, backend)
+    np.testing.assert_array_equal(again[0], labels)
+    np.testing.assert_array_equal(again[1], similarity)
+
+
+def test_assign_breaks_ties_by_the_lower_index(backend: Backend) -> None:
+    x = groups(1, 20)
+    centroids = np.concatenate([groups(2, 1, seed=3), x[:1], x[:1], x[:1]])
+    labels, _ = assign(x, centroids, 2, backend)
+    np.testing.assert_array_equal(labels, np.tile([2, 3], (20, 1)))
+
+
+def test_fit_centroids_is_repeatable_and_finds_groups(backend: Backend) -> None:
+    x = groups(8, 100, spread=0.02)
+    config = DedupConfig(n_init=4)
+    centroids = fit_centroids(x, 8, config, backend)
+    assert centroids.shape == (8, 32)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
+    labels, similarity = assign(x, centroids, 1, backend)
+    assert np.bincount(labels[:, 0]).tolist() == [100] * 8
+    assert similarity.min() > 0.95
+    np.testing.assert_array_equal(fit_centroids(x, 8, config, backend), centroids)
+
+
+def test_clusters_that_come_out_far_too_large_are_split(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    # k-means spends its centroids on the scattered rows and leaves the dense group whole.
+    x = np.concatenate([groups(1, 2000, spread=0.02), groups(200, 1, seed=2)])
+
+    def largest() -> int:
+        labels, _ = assign(x, fit_centroids(x, 20, DedupConfig(), backend), 1, backend)
+        return int(np.bincount(labels[:, 0]).max())
+
+    assert largest() < 4 * len(x) / 20
+    monkeypatch.setattr(kmeans_module, "_SPLIT_OVER", np.inf)
+    assert largest() > 1500
+
+
+def test_equal_rows_make_one_cluster_and_one_stays(backend: Backend) -> None:
+    x = np.tile(groups(1, 1), (300, 1))
+    result = dedup_arrays(x, n_clusters=10, device=backend.name)
+    assert len(result.centroids) == 1
+    assert result.kept.sum() == 1
+    assert set(result.duplicate_of[~result.kept]) == {int(np.flatnonzero(result.kept)[0])}
+
+
+def check_result(x: np.ndarray, result, eps: float, n_probe: int) -> None:
+    """Check what is promised whatever the clusters."""
+    x = x.astype(np.float64)
+    goes = ~result.kept
+    assert result.kept[result.duplicate_of[goes]].all()
+    products = (x[goes] * x[result.duplicate_of[goes]]).sum(axis=1)
+    assert (products >= 1 - eps - 1e-9).all()
+    np.testing.assert_allclose(result.similarity[goes], products, atol=1e-6)
+    assert np.isnan(result.similarity[result.kept]).all()
+    probes = np.argsort(-(x @ result.centroids.T.astype(np.float64)), axis=1)[:, :n_probe]
+    kept = np.flatnonzero(result.kept)
+    all_products = x[kept] @ x[kept].T
+    for a, b in zip(*np.nonzero(np.triu(all_products, 1) >= 1 - eps + 1e-9), strict=True):
+        i, j = kept[a], kept[b]
+        assert probes[i, 0] not in probes[j]
+        assert probes[j, 0] not in probes[i]
+
+
+@pytest.mark.parametrize("n_clusters", [1, 4, 25])
+@pytest.mark.parametrize("n_probe", [1, 2, 3])
+@pytest.mark.parametrize("eps", [0.01, 0.1, 0.3])
+def test_removed_rows_name_kept_ones_and_kept_rows_are_not_near(n_clusters: int, n_probe: int, eps: float) -> None:
+    x = groups(60, 10, spread=0.07)
+    result = dedup_arrays(x, eps=eps, n_clusters=n_clusters, n_probe=n_probe, device="cpu")
+    check_result(x, result, eps, n_probe)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    n=st.integers(1, 120), dim=st.integers(2, 6), n_clusters=st.integers(1, 12), n_probe=st.integers(1, 4),
+    eps=st.floats(0.0, 0.4), seed=st.integers(0, 2**31), policy=st.sampled_from(["hard", "easy", "random"]),
+)  # fmt: skip
+def test_promises_hold_for_any_rows(
+    n: int, dim: int, n_clusters: int, n_probe: int, eps: float, seed: int, policy: str
+) -> None:
+    # In few dimensions nearly every row is near some other, across borders and in chains.
+    x = unit(np.random.default_rng(seed).normal(size=(n, dim)))
+    result = dedup_arrays(
+        x, eps=eps, n_clusters=n_clusters, n_probe=n_probe, which_to_keep=policy, random_state=seed, device="cpu"
+    )
+    check_result(x, result, eps, n_probe)
+
+
+def test_one_cluster_is_the_exact_greedy_rule() -> None:
+    x = groups(80, 6, spread=0.06)
+    uid = np.arange(len(x))
+    centre = unit(x.mean(axis=0, keepdims=True, dtype=np.float64))
+    to_centre = x.astype(np.float64) @ centre[0].astype(np.float64)
+    orders = {
+        "hard": np.lexsort((uid, to_centre)),
+        "easy": np.lexsort((uid, -to_centre)),
+        "random": np.lexsort((uid, hash_uids(uid, 7))),
+    }
+    for policy, order in orders.items():
+        result = dedup_arrays(x, eps=0.1, n_clusters=1, which_to_keep=policy, random_state=7, device="cpu")
+        np.testing.assert_array_equal(result.duplicate_of, greedy_by_hand(x, order, 0.9), err_msg=policy)
+
+
+def test_more_probes_find_more_of_what_brute_force_finds() -> None:
+    x = groups(400, 5, dim=24, spread=0.05, seed=4)
+    exact = dedup_arrays(x, eps=0.1, n_clusters=1, device="cpu").kept.sum()
+    kept = [dedup_arrays(x, eps=0.1, n_clusters=60, n_probe=p, device="cpu").kept.sum() for p in (1, 2, 4, 60)]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[1] > exact * 0.98
+    assert kept[3] < exact * 1.02
+
+
+def test_chains_are_not_followed() -> None:
+    angles = np.deg2rad([0, 10, 20, 30, 40])
+    x = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    near = 1 - np.cos(np.deg2rad(12))
+    result = dedup_arrays(x, eps=near, keep_by=["place"], columns={"place": np.arange(5)}, device="cpu")
+    np.testing.assert_array_equal(result.duplicate_of, [-1, 0, -1, 2, -1])
+
+
+@pytest.mark.parametrize(
+    ("keep_by", "kept"),
+    [(["-width*height"], 2), (["width*height"], 0), (["-score"], 1), (["-uid"], 3), (["flag", "-width * height"], 1)],
+)
+def test_keep_by_prefers_by_columns(keep_by: list[str], kept: int) -> None:
+    x = np.tile(groups(1, 1), (4, 1))
+    columns = {
+        "width": np.array([10, 20, 40, 30]), "height": np.array([10, 20, 20, 20]),
+        "score": np.array([0.1, 0.9, np.nan, 0.3]), "flag": np.array([1, 0, 1, 1]),
+    }  # fmt: skip
+    result = dedup_arrays(x, keep_by=keep_by, columns=columns, device="cpu")
+    assert np.flatnonzero(result.kept).tolist() == [kept]
+
+
+def test_keep_order_puts_missing_values_last() -> None:
+    keys = KeepOrder("hard", ("-a", "b")).keys(
+        np.arange(3), np.zeros(3), {"a": np.array([np.nan, 1, 2]), "b": np.array([0, np.nan, 5])}
+    )
+    assert keys[:, 0].tolist() == [np.inf, -1, -2]
+    assert keys[:, 1].tolist() == [0, np.inf, 5]
+
+
+def test_rows_without_a_direction_are_never_duplicates() -> None:
+    x = np.concatenate([np.zeros((3, 8)), np.full((2, 8), np.nan), np.tile(np.arange(8.0), (2, 1)), [[np.inf] * 8]])
+    result = dedup_arrays(x, device="cpu")
+    assert result.cluster.tolist() == [-1, -1, -1, -1, -1, 0, 0, -1]
+    assert result.duplicate_of.tolist() == [-1, -1, -1, -1, -1, -1, 5, -1]
+
+
+@pytest.mark.parametrize("x", [np.empty((0, 16)), np.zeros((4, 16)), np.ones((1, 16))])
+def test_nothing_to_compare(x: np.ndarray) -> None:
+    result = dedup_arrays(x, n_clusters=5, device="cpu")
+    assert result.kept.all()
+    assert len(result.kept) == len(x)
+
+
+def test_length_and_type_of_rows_do_not_matter() -> None:
+    x = groups(30, 4)
+    scaled = x.astype(np.float64) * np.random.default_rng(0).uniform(0.1, 50, size=(len(x), 1))
+    first, second = dedup_arrays(x, device="cpu"), dedup_arrays(scaled, device="cpu")
+    np.testing.assert_array_equal(first.kept, second.kept)
+    rows, valid = unit_rows(scaled)
+    assert rows.dtype == np.float32
+    assert valid.all()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"eps": 1.5}, r"eps=1.5 should be in \[0, 1\]"),
+        ({"n_clusters": 0}, "n_clusters=0 should be 'auto' or >= 1"),
+        ({"n_clusters": "many"}, "n_clusters='many' should be"),
+        ({"n_probe": 0}, "n_probe=0 should be >= 1"),
+        ({"which_to_keep": "best"}, "which_to_keep='best' is none of hard, easy, random"),
+        ({"keep_by": ["-width/height"]}, "keep_by: '-width/height' is not understood"),
+        ({"keep_by": ["sharpness"]}, "keep_by needs the column 'sharpness'"),
+        ({"fit_data_fraction": 0}, r"fit_data_fraction=0 should be in \(0, 1\]"),
+        ({"init": "best"}, "init='best' is none of"),
+        ({"random_state": -1}, "random_state=-1"),
+    ],
+)
+def test_wrong_parameters_are_refused(parameters: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dedup_arrays(np.ones((2, 4)), device="cpu", **parameters)
+
+
+def test_auto_takes_one_cluster_for_few_rows_and_the_root_of_many() -> None:
+    config = DedupConfig()
+    assert [config.clusters_for(n) for n in (1, 5000, 1_000_000, 10**9)] == [1, 1, 200, 31623]
+    assert config.fit_rows(1000) == 1000
+    assert config.fit_rows(10**9) == 256 * 31623
+    assert DedupConfig(n_clusters=50).clusters_for(10) == 10
+    assert DedupConfig(fit_data_fraction=0.1).fit_rows(1000) == 100
