@@ -1,0 +1,212 @@
+"""Deduplication of what lies on disk gives what deduplication in memory gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from distributed import Client
+from test_dedup import check_result, groups
+
+from imgcurate import schema, semantic_dedup
+from imgcurate.backend import Backend, list_array
+from imgcurate.catalog import Catalog
+from imgcurate.dedup import DedupConfig, dedup_arrays
+from imgcurate.dedup.catalog import CatalogDedup
+from imgcurate.errors import ConfigError
+from imgcurate.stages.deduplication import _run_here
+
+N = 600
+
+
+def table(x: np.ndarray, uid: np.ndarray, left: np.ndarray | None = None) -> pa.Table:
+    """Return catalog rows; those of `left` have left already, NaN rows have no embedding."""
+    n = len(x)
+    valid = np.isfinite(x).all(axis=1)
+    status = np.where(np.zeros(n, bool) if left is None else left, "nsfw", "ok")
+    return pa.table(
+        {
+            "uid": pa.array(uid),
+            "shard": pa.array([f"somewhere/{u >> 32:05d}.tar" for u in uid], pa.string()),
+            "key": pa.array([f"key{u & 0xFFFF}" for u in uid], pa.string()),
+            "status": pa.array(status.astype(object), pa.string()),
+            "reason": pa.array(np.where(status == "ok", "", "because").astype(object), pa.string()),
+            "width": pa.array((uid * 7 % 50).astype(np.int32)),
+            "embedding": list_array(x[valid].astype(np.float32), valid),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def rows() -> pa.Table:
+    x = groups(60, 10, spread=0.06, seed=5)
+    x[::50] = np.nan
+    left = np.arange(N) % 40 == 7
+    return table(x, np.arange(N) // 100 * 2**32 + np.arange(N) % 100, left)
+
+
+def catalog_of(folder: Path, parts: list[pa.Table]) -> Catalog:
+    catalog = Catalog(str(folder), len(parts))
+    catalog.make_folders()
+    for i, part in enumerate(parts):
+        catalog.write_part(i, part)
+    return catalog
+
+
+def run(folder: Path, parts: list[pa.Table], config: DedupConfig, bucket_bytes: int) -> dict[int, tuple[int, int]]:
+    job = CatalogDedup(catalog_of(folder / "run", parts), config, str(folder / "scratch"), "cpu", bucket_bytes)
+    job.run(_run_here)
+    found = {}
+    for i, part in enumerate(parts):
+        decided = job.decided(i)
+        assert len(decided.keeper) == len(part)
+        for uid, cluster, keeper in zip(part["uid"].to_pylist(), decided.cluster, decided.keeper, strict=True):
+            found[uid] = (int(cluster), int(keeper))
+    return found
+
+
+def in_memory(rows: pa.Table, config: DedupConfig) -> dict[int, tuple[int, int]]:
+    """Return the same from dedup_arrays, with uids that sort alike."""
+    takes_part = np.array([s == "ok" for s in rows["status"].to_pylist()]) & rows["embedding"].is_valid().to_numpy()
+    uid = rows["uid"].to_numpy()
+    x = np.array(rows["embedding"].filter(pa.array(takes_part)).to_pylist())
+    columns = {"width": rows["width"].to_numpy()[takes_part]}
+    result = dedup_arrays(x, columns=columns, config=config, device="cpu")
+    check_result(x, result, config.eps, config.n_probe)
+    inside = uid[takes_part]
+    found = {int(u): (-1, -1) for u in uid}
+    for u, cluster, of in zip(inside, result.cluster, result.duplicate_of, strict=True):
+        found[int(u)] = (int(cluster), int(inside[of]) if of >= 0 else -1)
+    return found
+
+
+@pytest.mark.parametrize("bucket_bytes", [2**30, 6000])
+@pytest.mark.parametrize("keep_by", [(), ("-width",)])
+def test_disk_gives_what_memory_gives(tmp_path: Path, rows: pa.Table, bucket_bytes: int, keep_by: tuple) -> None:
+    # The fraction makes both fit on all rows: uids differ, and so would their hashes.
+    config = DedupConfig(eps=0.08, n_clusters=12, keep_by=keep_by, fit_data_fraction=1.0)
+    expected = in_memory(rows, config)
+    assert sum(of >= 0 for _, of in expected.values()) > 100
+    parts = [rows.slice(i, 150) for i in range(0, N, 150)]
+    assert run(tmp_path, parts, config, bucket_bytes) == expected
+
+
+def test_orphans_come_back_or_go_for_another(tmp_path: Path) -> None:
+    # Few dimensions make rows near to each other in chains across borders.
+    x = groups(N, 1, dim=3, seed=8)
+    rows = table(x, np.arange(N))
+    config = DedupConfig(eps=0.02, n_clusters=20, n_probe=3, fit_data_fraction=1.0)
+    expected = in_memory(rows, config)
+    job = CatalogDedup(catalog_of(tmp_path / "a", [rows]), config, str(tmp_path / "s"), "cpu", 3000)
+    job.run(_run_here)
+    assert job._rows("orphans", 0, batch=0).x.shape[1] == 3
+    assert sum(len(job._rows("orphans", b, batch=0)) for b in range(job._n_buckets())) > 5
+    keeper = job.decided(0).keeper
+    assert {u: int(k) for u, k in enumerate(keeper)} == {u: k for u, (_, k) in expected.items()}
+
+
+def test_partitions_and_their_order_do_not_matter(tmp_path: Path, rows: pa.Table) -> None:
+    config = DedupConfig(eps=0.08, n_clusters=12, fit_data_fraction=0.4, which_to_keep="easy")
+    shuffled = rows.take(pa.array(np.random.default_rng(0).permutation(N)))
+    layouts = {
+        "one": [rows],
+        "many": [rows.slice(i, 37) for i in range(0, N, 37)],
+        "with empty ones": [rows.slice(0, 0), rows.slice(0, 300), rows.slice(0, 0), rows.slice(300)],
+        "shuffled": [shuffled.slice(0, 500), shuffled.slice(500)],
+    }
+    found = {name: run(tmp_path / name, parts, config, 20_000) for name, parts in layouts.items()}
+    for name in layouts:
+        assert found[name] == found["one"], name
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, rows: pa.Table) -> None:
+    config = DedupConfig(eps=0.08, n_clusters=12)
+    parts = [rows.slice(i, 150) for i in range(0, N, 150)]
+    expected = run(tmp_path / "whole", parts, config, 6000)
+    scratch = tmp_path / "stopped"
+
+    class Stop(Exception):
+        pass
+
+    def stop_in(step: str, after: int):
+        def run_tasks(name, function, numbers):
+            if name != step:
+                return _run_here(name, function, numbers)
+            _run_here(name, function, list(numbers)[:after])
+            raise Stop
+
+        return run_tasks
+
+    catalog = catalog_of(tmp_path / "run", parts)
+    job = CatalogDedup(catalog, config, str(scratch), "cpu", 6000)
+    for step in ("sample", "assign", "within clusters", "across clusters"):
+        with pytest.raises(Stop):
+            job.run(stop_in(step, 2))
+    job.run(_run_here)
+    found = {
+        uid: (int(c), int(k))
+        for i, part in enumerate(parts)
+        for uid, c, k in zip(part["uid"].to_pylist(), job.decided(i).cluster, job.decided(i).keeper, strict=True)
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["no rows", "no embeddings", "all left"])
+def test_nothing_to_do(tmp_path: Path, kind: str) -> None:
+    x = np.full((5, 4), np.nan) if kind == "no embeddings" else groups(5, 1, dim=4)
+    rows = table(x, np.arange(5), np.full(5, kind == "all left"))
+    found = run(tmp_path, [rows.slice(0, 0 if kind == "no rows" else 5)], DedupConfig(), 2**30)
+    assert set(found.values()) <= {(-1, -1)}
+
+
+def frame_of(rows: pa.Table, npartitions: int) -> dd.DataFrame:
+    frame: pd.DataFrame = Backend("cpu").frame_from_arrow(rows)
+    return dd.from_pandas(frame, npartitions=npartitions, sort=False)
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_semantic_dedup_on_a_frame(rows: pa.Table, client: Client, backend_name: str) -> None:
+    if backend_name == "gpu":
+        pytest.importorskip("cudf")
+    ddf = semantic_dedup(frame_of(rows, 3), eps=0.08, n_clusters=4, device=backend_name)
+    out = ddf.compute()
+    assert list(out.uid) == rows["uid"].to_pylist()
+    before = rows.to_pandas()
+    goes = out.status == "duplicate"
+    assert goes.sum() > 100
+    assert (out.status[~goes].to_numpy() == before.status[~goes.to_numpy()].to_numpy()).all()
+    by_uid = out.set_index("uid")
+    for row in out[goes].itertuples():
+        kept = by_uid.loc[row.duplicate_of]
+        assert kept.status == "ok"
+        assert row.similarity >= 0.92
+        assert np.dot(row.embedding, kept.embedding) == pytest.approx(row.similarity, abs=1e-5)
+        assert row.reason == f"duplicate of {Path(kept.shard).stem}/{kept.key}, cosine {row.similarity:.3f}"
+    takes_part = (before.status == "ok") & rows["embedding"].is_valid().to_numpy()
+    assert (out.cluster.notna().to_numpy() == takes_part.to_numpy()).all()
+    # What was masked away before is not seen.
+    masked = semantic_dedup(ddf[ddf.status == "ok"].drop(columns=["cluster", "duplicate_of", "similarity"]), eps=0.08)
+    assert len(masked) == (out.status == "ok").sum()
+
+
+def test_semantic_dedup_refuses_what_it_cannot_do(rows: pa.Table) -> None:
+    ddf = frame_of(rows, 1)
+    with pytest.raises(ConfigError, match="semantic_dedup needs the column 'embedding', and the frame has uid"):
+        semantic_dedup(ddf.drop(columns="embedding"))
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'epz'"):
+        semantic_dedup(ddf, epz=0.1)
+    with pytest.raises(ConfigError, match="keep_by: the column 'key' does not hold numbers"):
+        semantic_dedup(ddf, keep_by=["key"])
+    with pytest.raises(ConfigError, match="needs the column 'sharpness'"):
+        semantic_dedup(ddf, keep_by=["-sharpness"])
+    assert schema.EMBEDDING in ddf.columns
+
+
+def test_embeddings_of_several_lengths_are_refused(tmp_path: Path) -> None:
+    parts = [table(groups(5, 1, dim=d), np.arange(5) + 100 * d) for d in (4, 8)]
+    with pytest.raises(ConfigError, match="embeddings of 4 and 8 values cannot be compared"):
+        run(tmp_path, parts, DedupConfig(), 2**30)
