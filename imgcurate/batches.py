@@ -119,7 +119,8 @@ class ImageBatch:
         """Set a column: n values, or an (n, d) array or tensor for a list column."""
         if len(values) != len(self.rows):
             raise ConfigError(f"column {column!r} has {len(values)} values for {len(self.rows)} samples")
-        self._columns[column] = values
+        is_matrix = isinstance(values, np.ndarray) and values.ndim == 2
+        self._columns[column] = torch.as_tensor(values, device=self.device) if is_matrix else values
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, rows: pa.Table) -> None:
     expected = run(tmp_path / "whole", parts, config, 6000)
     scratch = tmp_path / "stopped"
 
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop_in(step: str, after: int):
@@ -137,14 +137,14 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, rows: pa.Table) -> None:
             if name != step:
                 return _run_here(name, function, numbers)
             _run_here(name, function, list(numbers)[:after])
-            raise Stop
+            raise StoppedError
 
         return run_tasks
 
     catalog = catalog_of(tmp_path / "run", parts)
     job = CatalogDedup(catalog, config, str(scratch), "cpu", 6000)
     for step in ("sample", "assign", "within clusters", "across clusters"):
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             job.run(stop_in(step, 2))
     job.run(_run_here)
     found = {

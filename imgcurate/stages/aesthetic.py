@@ -13,7 +13,7 @@ from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.models.head_files import check_aesthetic_encoder, load_aesthetic_head
 from imgcurate.models.heads import AestheticHead
-from imgcurate.stages.base import ProcessingStage, Rule, Worker
+from imgcurate.stages.base import ProcessingStage, Rule
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.scoring import check_threshold, encoders_of
 
@@ -86,16 +86,12 @@ class ImageAestheticFilterStage(ProcessingStage):
         """Return the checksum of the head's weights."""
         return {"weights_sha256": load_aesthetic_head(self.model_dir).sha256}
 
-    def setup(self, worker: Worker) -> None:
-        """Load the head."""
-        self._head = load_aesthetic_head(self.model_dir, worker.device)
-
     def process(self, batch: ImageBatch) -> ImageBatch:
-        """Score the embeddings of a batch."""
-        if self._head is None:
-            raise RuntimeError("setup() was not called")
+        """Score the embeddings of a batch; the head is loaded once it is known to fit them."""
         for encoder in encoders_of(batch):
-            self._head.check_encoder(encoder)
+            check_aesthetic_encoder(encoder)
+        if self._head is None:
+            self._head = load_aesthetic_head(self.model_dir, batch.device)
         raw = self._head(batch[schema.EMBEDDING])
         batch[schema.AESTHETIC_SCORE_RAW] = raw
         batch[schema.AESTHETIC_SCORE] = self._head.score(raw)

@@ -14,7 +14,7 @@ from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.models.head_files import check_nsfw_encoder, load_nsfw_head
 from imgcurate.models.heads import NsfwHead
-from imgcurate.stages.base import ProcessingStage, Rule, Worker
+from imgcurate.stages.base import ProcessingStage, Rule
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.scoring import check_threshold, encoders_of
 
@@ -62,7 +62,6 @@ class ImageNSFWFilterStage(ProcessingStage):
     def __post_init__(self) -> None:
         check_threshold(self.name, self.score_threshold)
         self._encoder: str | None = None
-        self._device = "cpu"
         self._heads: dict[str, NsfwHead] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,22 +85,16 @@ class ImageNSFWFilterStage(ProcessingStage):
         """Return the checksum of the head's weights."""
         return {"weights_sha256": load_nsfw_head(self._encoder, self.model_dir).sha256} if self._encoder else {}
 
-    def setup(self, worker: Worker) -> None:
-        """Load the head, if the encoder is known by now."""
-        self._device = worker.device
-        if self._encoder is not None:
-            self._head(self._encoder)
-
-    def _head(self, encoder: str) -> NsfwHead:
-        if encoder not in self._heads:
-            self._heads[encoder] = load_nsfw_head(encoder, self.model_dir, self._device)
-        return self._heads[encoder]
-
     def process(self, batch: ImageBatch) -> ImageBatch:
-        """Score the embeddings of a batch."""
-        scores = [self._head(encoder)(batch[schema.EMBEDDING]) for encoder in encoders_of(batch)]
+        """Score the embeddings of a batch; a head is loaded once it is known to fit them."""
+        scores = [self._head(encoder, batch.device)(batch[schema.EMBEDDING]) for encoder in encoders_of(batch)]
         batch[schema.NSFW_SCORE] = scores[0] if scores else torch.empty(0)
         return batch
+
+    def _head(self, encoder: str, device: str) -> NsfwHead:
+        if encoder not in self._heads:
+            self._heads[encoder] = load_nsfw_head(encoder, self.model_dir, device)
+        return self._heads[encoder]
 
 
 def score_nsfw(ddf: dd.DataFrame, *, model_dir: str | None = None, device: str = "auto") -> dd.DataFrame:

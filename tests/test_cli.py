@@ -1,0 +1,163 @@
+"""The command line: exit codes, messages, and the contract of what is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from imgcurate import cli
+
+ACCOUNTING = re.compile(r"[\d,]+ samples in = [\d,]+ kept( \+ [\d,]+ [\w-]+)*")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Return a function that runs the command line: (exit code, stdout lines, stderr)."""
+
+    def run_(*arguments: str | Path) -> tuple[int, list[str], str]:
+        monkeypatch.setattr(sys, "argv", ["imgcurate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+            sys.exit(0)
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out.splitlines(), err
+
+    return run_
+
+
+def test_demo_finds_what_was_planted(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "imgcurate.cli", "demo", "-o", str(tmp_path / "demo")],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "Traceback" not in done.stderr
+    match = re.fullmatch(
+        r"found (\d+) of (\d+) planted near-duplicates, (\d+) distinct photos merged, (\d+) of (\d+) broken files.*",
+        lines[1],
+    )
+    found, planted, merged, reported, broken = map(int, match.groups())
+    assert planted >= 100
+    assert found >= 0.95 * planted
+    assert merged == 0
+    assert reported == broken == 6
+    assert ACCOUNTING.fullmatch(lines[-1])
+    total, *counts = [int(n) for n in re.findall(r"\d+", lines[-1])]
+    assert total == sum(counts)
+    out = tmp_path / "demo" / "curated"
+    assert sorted(p.name for p in out.iterdir()) == ["catalog", "manifest.json", "shards"]
+    with tarfile.open(out / "shards" / "00000.tar") as tar:
+        assert len({m.name.split(".")[0] for m in tar}) == counts[0]
+
+
+def test_curate_writes_the_documented_folder(run, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "OUT"
+    arguments = (
+        "curate", shards / "*.tar", "-o", out, "--encoder", "tiny-image", "--eps", "0.04", "--n-clusters", "3",
+        "--images-per-tar", "40", "--workers", "1", "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    code, lines, err = run(*arguments)
+    assert (code, lines, err) == (0, ["72 samples in = 60 kept + 12 duplicate"], "")
+    assert sorted(p.name for p in (out / "shards").iterdir()) == [
+        "00000.parquet", "00000.tar", "00001.parquet", "00001.tar",
+    ]  # fmt: skip
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["config"]["stages"][-2]["eps"] == 0.04
+    assert len(pq.read_table(out / "catalog")) == 72
+    # The same command again finds it done; another one is refused, unless told otherwise.
+    assert run(*arguments)[:2] == (0, lines)
+    code, _, err = run(*(a if a != "0.04" else "0.05" for a in arguments))
+    assert code == 2
+    assert re.fullmatch(r"imgcurate: wrong usage: .*eps: 0.04 there, 0.05 asked for.*--overwrite.*\n", err)
+    code, lines, _ = run(*(a if a != "0.04" else "0.05" for a in arguments), "--overwrite", "--no-dedup")
+    assert (code, lines) == (0, ["72 samples in = 72 kept"])
+
+
+def test_run_does_what_a_file_says(run, shards: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        f"inputs: {shards}/*.tar\nworkers: 1\nstages:\n  - ImageReaderStage: {{dali_batch_size: 16}}\n"
+        "  - ImageEmbeddingStage: {model: tiny-image}\n  - SemanticDedupStage: {eps: 0.05, keep_by: [-nbytes]}\n"
+        "  - ImageWriterStage\n"
+    )
+    code, lines, err = run("run", file, "-o", tmp_path / "OUT")
+    assert (code, lines[-1]) == (0, "72 samples in = 60 kept + 12 duplicate")
+    assert "write: 1 of 1" in err
+    catalog = pq.read_table(tmp_path / "OUT" / "catalog").to_pandas()
+    assert catalog.key[catalog.status == "duplicate"].str.startswith("copy/").all()
+
+
+def test_inspect_counts_and_reports(run, shards: Path, tmp_path: Path) -> None:
+    code, lines, _ = run("inspect", shards / "*.tar")
+    nbytes = sum(p.stat().st_size for p in shards.glob("*.tar"))
+    assert code == 0
+    assert lines[-1] == f"4 shards, 72 samples (72 ok), 204 members, {nbytes:,} bytes, 0 problems"
+    assert lines[-2] == "members: 72 jpg, 72 txt, 60 json"
+    (tmp_path / "page.tar").write_text("<html>" * 200)
+    code, lines, _ = run("inspect", tmp_path / "page.tar")
+    assert code == 0
+    assert "not a tar file" in "\n".join(lines)
+    code, lines, _ = run("inspect", "--json", shards / "00000.tar")
+    assert json.loads("\n".join(lines))["samples"] == 18
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["curate", "{tmp}/none.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image"], "no such input: .*none.tar"),
+        (["curate", "{tmp}/*.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image"], "nothing matches"),
+        (["curate", "{tmp}", "-o", "{tmp}/OUT", "--encoder", "tiny-image"], "is a folder"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}", "--encoder", "tiny-image"], "holds no run of imgcurate"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "ViT-Q"], "ViT-Q"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "ViT-B-32", "--pretrained", "me"],
+         "neither a file nor a tag of ViT-B-32"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image", "--min-aesthetic", "0.5"],
+         "aesthetic.*tiny-image"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--device", "tpu"], "device='tpu' is none of"),
+        (["run", "{tmp}/none.yaml", "-o", "{tmp}/OUT"], "cannot read .*none.yaml"),
+        (["inspect", "{tmp}/none.tar"], "no such input"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    run, shards: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "precious.txt").touch()
+    code, lines, err = run(*(a.format(tmp=tmp_path, shards=shards) for a in arguments))
+    assert code == 2
+    assert lines == []
+    said = [line for line in err.splitlines() if not line.startswith("running on the CPU")]
+    assert len(said) == 1, err
+    assert re.match(f"imgcurate: wrong usage: .*{message}", said[0]), err
+    assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.parametrize("arguments", [["curate"], ["curate", "x", "-o", "y", "--eps", "2"], ["nothing"]])
+def test_what_the_parser_refuses_is_exit_code_2(run, arguments: list[str]) -> None:
+    assert run(*arguments)[0] == 2
+
+
+def test_a_failed_run_is_exit_code_1_and_a_traceback_only_with_debug(run, shards: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    arguments = ("curate", shards / "00000.tar", "-o", blocked / "OUT", "--encoder", "tiny-image", "--workers", "1")
+    code, _, err = run(*arguments, "--quiet")
+    assert code == 1
+    assert re.fullmatch(r"imgcurate: failed: cannot make the folder .*: Not a directory\n", err)
+    code, _, err = run("--debug", *arguments, "--quiet")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_help_and_version(run) -> None:
+    code, lines, _ = run("--help")
+    assert code == 0
+    assert all(any(command in line for line in lines) for command in ("demo", "curate", "run", "inspect"))
+    assert run("--version")[1] == ["imgcurate 0.1.0"]

@@ -1,0 +1,65 @@
+"""YAML files: what is understood, and how mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imgcurate.config import load_config
+from imgcurate.errors import ConfigError
+from imgcurate.stages import ImageAestheticFilterStage, ImageEmbeddingStage, ImageReaderStage, SemanticDedupStage
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "pipeline.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_stages_and_parameters_are_read(tmp_path: Path) -> None:
+    text = """
+    inputs: [a/*.tar, b/*.tar]
+    files_per_partition: 2
+    device: cpu
+    stages:
+      - ImageEmbeddingStage: {model: tiny-image}
+      - SemanticDedupStage
+    """
+    config = load_config(write(tmp_path, text))
+    source, reader, embed, dedup = config.pipeline().stages
+    assert (source.file_paths, source.files_per_partition) == (["a/*.tar", "b/*.tar"], 2)
+    assert isinstance(reader, ImageReaderStage)
+    assert embed == ImageEmbeddingStage(model="tiny-image")
+    assert dedup == SemanticDedupStage()
+    assert config.device == "cpu"
+
+
+def test_a_stage_of_ones_own_is_named_by_its_import_path(tmp_path: Path) -> None:
+    text = "inputs: x\nstages:\n  - imgcurate.stages.aesthetic.ImageAestheticFilterStage: {score_threshold: 0.4}\n"
+    stages = load_config(write(tmp_path, text)).pipeline().stages
+    assert stages[-1] == ImageAestheticFilterStage(0.4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "inputs: x\nstages: [ImageEmbedingStage]",
+            "unknown stage 'ImageEmbedingStage'; did you mean 'ImageEmbeddingS",
+        ),
+        ("inputs: x\nstages: [{SemanticDedupStage: {epz: 1}}]", "has no parameter 'epz'; did you mean 'eps'"),
+        ("inputs: x\nstages: [{SemanticDedupStage: {eps: 7}}]", r"stages\[0\] SemanticDedupStage: eps=7 should be"),
+        ("input: x\nstages: [SemanticDedupStage]", "did you mean 'inputs'|inputs: Field required"),
+        ("inputs: x\nstages: []", "stages: List should have at least 1 item"),
+        ("inputs: x\nstages: [os.system]", "os.system is not a subclass"),
+        ("inputs: x\nstages: [no.such.Stage]", "cannot import no.such.Stage"),
+        ("inputs: x\nstages: [{A: 1, B: 2}]", "."),
+        ("- a\n- b", "should be a mapping with 'inputs' and 'stages', not list"),
+        ("inputs: [x", "is not valid YAML"),
+        ("inputs: !!python/object/apply:os.system [ls]\nstages: [A]", "is not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text)).pipeline()
