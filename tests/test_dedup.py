@@ -276,8 +276,8 @@ def test_wrong_parameters_are_refused(parameters: dict, message: str) -> None:
 
 def test_auto_takes_one_cluster_for_few_rows_and_the_root_of_many() -> None:
     config = DedupConfig()
-    assert [config.clusters_for(n) for n in (1, 5000, 1_000_000, 10**9)] == [1, 1, 200, 31623]
+    assert [config.clusters_for(n) for n in (1, 2999, 1_000_000, 10**9)] == [1, 1, 500, 31623]
     assert config.fit_rows(1000) == 1000
-    assert config.fit_rows(10**9) == 256 * 31623
+    assert config.fit_rows(10**9) == 64 * 31623
     assert DedupConfig(n_clusters=50).clusters_for(10) == 10
     assert DedupConfig(fit_data_fraction=0.1).fit_rows(1000) == 100

@@ -44,9 +44,11 @@ from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
 from imgcurate.errors import ConfigError
 from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
 
-__all__ = ["BUCKET_BYTES", "CatalogDedup", "Decided", "TaskRunner"]
+__all__ = ["CatalogDedup", "Decided", "TaskRunner"]
 
-BUCKET_BYTES: Final = 1024**3
+_MIN_BUCKET_BYTES: Final = 128 * 1024**2
+_MAX_BUCKET_BYTES: Final = 1024**3
+_BUCKETS: Final = 256
 _FOLDERS: Final = (
     "sample", "exchange", "decisions", "kept", "visitors", "pairs", "orphans", "orphan_visitors", "orphan_pairs",
 )  # fmt: skip
@@ -91,15 +93,16 @@ class CatalogDedup:
         URL of a folder that all workers can write to.
     device : {"auto", "cpu", "gpu"}
         Where the workers compute.
-    bucket_bytes : int
-        Bytes of embeddings that a task may hold; a single cluster may be larger.
+    bucket_bytes : int, optional
+        Bytes of embeddings in a bucket; a single cluster may be larger. By default a 256th of all,
+        but at least 128 MiB and at most 1 GiB. A task needs about four times as much.
     """
 
     catalog: Catalog
     config: DedupConfig
     scratch: str
     device: str = "auto"
-    bucket_bytes: int = BUCKET_BYTES
+    bucket_bytes: int | None = None
 
     def run(self, run_tasks: TaskRunner) -> None:
         """Decide about all rows; :meth:`decided` then tells the outcome part by part."""
@@ -196,7 +199,9 @@ class CatalogDedup:
 
     def _bucket_starts(self, n_rows: int, n_clusters: int, dim: int) -> list[int]:
         """Return the first cluster of each bucket."""
-        n_buckets = max(1, min(n_clusters, -(-n_rows * dim * 4 // self.bucket_bytes)))
+        nbytes = n_rows * dim * 4
+        size = self.bucket_bytes or min(max(nbytes // _BUCKETS, _MIN_BUCKET_BYTES), _MAX_BUCKET_BYTES)
+        n_buckets = max(1, min(n_clusters, -(-nbytes // size)))
         return [n_clusters * b // n_buckets for b in range(n_buckets)]
 
     def _assign(self, number: int) -> dict[str, Any]:
@@ -274,8 +279,9 @@ class CatalogDedup:
         visiting = self._rows("orphan_visitors", bucket, n_files=self._n_buckets())
         kept = self._rows("kept", bucket, batch=0)
         visitors = self._rows("visitors", bucket, n_files=self._n_buckets())
-        residents = Rows.concat([kept.take(~np.isin(kept.uid, gone)), orphans])
-        guests = Rows.concat([visitors.take(~np.isin(visitors.uid, gone)), visiting])
+        clusters = np.union1d(orphans.cluster, visiting.cluster)
+        residents = Rows.concat([_still_in(kept, clusters, gone), orphans])
+        guests = Rows.concat([_still_in(visitors, clusters, gone), visiting])
         pairs = [
             across(orphans, Rows.concat([residents, guests]), threshold, backend),
             across(visiting, residents, threshold, backend),
@@ -336,6 +342,11 @@ class CatalogDedup:
 
     def _n_buckets(self) -> int:
         return len(self._starts())
+
+
+def _still_in(rows: Rows, clusters: npt.NDArray[np.int32], gone: npt.NDArray[np.int64]) -> Rows:
+    """Return the rows of some clusters that have not gone."""
+    return rows.take(np.isin(rows.cluster, clusters) & ~np.isin(rows.uid, gone))
 
 
 def sample_names(shards: Sequence[str], keys: Sequence[str]) -> npt.NDArray[Any]:

@@ -12,8 +12,8 @@ from imgcurate.errors import ConfigError
 
 __all__ = ["DedupConfig"]
 
-_ROWS_PER_CLUSTER: Final = 5000
-_FIT_ROWS_PER_CLUSTER: Final = 256
+_ROWS_PER_CLUSTER: Final = 2000
+_FIT_ROWS_PER_CLUSTER: Final = 64
 _MIN_FIT_ROWS: Final = 20_000
 
 
@@ -26,8 +26,8 @@ class DedupConfig:
     eps : float
         Two samples are duplicates where their cosine similarity is >= 1 - eps; in [0, 1].
     n_clusters : int or "auto"
-        Number of k-means clusters. ``"auto"`` takes n / 5000, but at most the square root of n: up to
-        5000 samples one cluster, that is, an exact search.
+        Number of k-means clusters. ``"auto"`` takes n / 2000, but at most the square root of n: up to
+        3000 samples one cluster, that is, an exact search.
     n_probe : int
         In how many clusters, nearest first, a sample is looked for; 1 does not look across borders.
     which_to_keep : {"hard", "easy", "random"}
@@ -35,7 +35,7 @@ class DedupConfig:
     keep_by : sequence of str
         Columns that decide before `which_to_keep` does; see :class:`KeepOrder`. Ties go to the lower uid.
     fit_data_fraction : float, optional
-        Share of the samples that k-means is fitted on, in (0, 1]; by default 256 per cluster, and at
+        Share of the samples that k-means is fitted on, in (0, 1]; by default 64 per cluster, and at
         least 20,000.
     max_iter, tol, init, n_init, oversampling_factor
         As in cuML's and scikit-learn's ``KMeans``.
@@ -54,7 +54,7 @@ class DedupConfig:
     which_to_keep: str = "hard"
     keep_by: Sequence[str] = ()
     fit_data_fraction: float | None = None
-    max_iter: int = 100
+    max_iter: int = 25
     tol: float = 1e-4
     init: str = "k-means++"
     n_init: int = 1

@@ -110,8 +110,9 @@ def _beyond_reach(
     A row behind the border lies at least as far away as the border, and two unit rows with a cosine
     similarity >= 1 - eps lie at most sqrt(2 eps) apart.
     """
-    a, b = centroids[labels[:, 0]].astype(np.float64), centroids[labels[:, i]].astype(np.float64)
-    between = np.linalg.norm(a - b, axis=1)
+    pairs, inverse = np.unique(labels[:, [0, i]], axis=0, return_inverse=True)
+    a, b = centroids[pairs[:, 0]].astype(np.float64), centroids[pairs[:, 1]].astype(np.float64)
+    between = np.linalg.norm(a - b, axis=1)[inverse]
     margin = (similarity[:, 0] - similarity[:, i]) / np.where(between > 0, between, 1)
     beyond: npt.NDArray[np.bool_] = margin > np.sqrt(2 * eps) + 1e-3
     return beyond

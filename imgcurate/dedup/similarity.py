@@ -15,7 +15,7 @@ from imgcurate.backend import Backend
 
 __all__ = ["exact_similarity", "greedy_keep", "near_pairs", "rounding_error"]
 
-_BLOCK_ROWS: Final = 2048
+_BLOCK_ROWS: Final = 512
 _SLICE_ROWS: Final = 16_384
 _EXACT_ROWS: Final = 8192
 

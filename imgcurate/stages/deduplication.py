@@ -53,7 +53,7 @@ class SemanticDedupStage(DatasetStage):
     keep_by : sequence of str
         Columns that decide first: ``("-width*height", "-aesthetic_score")`` keeps the largest image.
     fit_data_fraction : float, optional
-        Share of the samples that k-means is fitted on; by default 256 per cluster, at least 20,000.
+        Share of the samples that k-means is fitted on; by default 64 per cluster, at least 20,000.
     max_iter, tol, init, n_init, random_state, oversampling_factor
         As in cuML's and scikit-learn's ``KMeans``.
 
@@ -73,7 +73,7 @@ class SemanticDedupStage(DatasetStage):
     which_to_keep: str = "hard"
     keep_by: Sequence[str] = ()
     fit_data_fraction: float | None = None
-    max_iter: int = 100
+    max_iter: int = 25
     tol: float = 1e-4
     init: str = "k-means++"
     n_init: int = 1
