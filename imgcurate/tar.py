@@ -28,6 +28,7 @@ _OTHER_TYPES: Final = {
     ord("3"): "character device", ord("4"): "block device", ord("5"): "directory", ord("6"): "fifo",
 }  # fmt: skip
 _SPARSE: Final = ord("S")
+_SPARSE_RECORDS: Final = frozenset({b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size"})
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS = (ord(c) for c in "LKxgX")
 _EXTENSIONS: Final = frozenset({_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS})
 _MAGICS: Final = {
@@ -210,12 +211,13 @@ class _Scanner:
 
     def scan(self) -> TarScan:
         result = self._result
+        if self._size == 0:
+            result.damage = Damage(0, "empty file (0 bytes)", "")
+            return result
         try:
             self._read_members()
         except TarError as exc:
             result.damage = Damage(exc.offset, str(exc), "")
-        if self._size == 0:
-            result.damage = Damage(0, "empty file (0 bytes)", "")
         return result
 
     def _read_members(self) -> None:
@@ -229,7 +231,9 @@ class _Scanner:
             if start + BLOCK > len(buffer):
                 buffer, base, start = pread(position, window), position, 0
             block = buffer[start : start + BLOCK]
-            if not block[0] and not any(block):
+            if block and not block[0] and not any(block):
+                if header_offset >= 0:
+                    break
                 position, ended = self._skip_zeros(position), True
                 continue
             name, size, kind = self._parse(block, position, after_end=ended)
@@ -238,15 +242,16 @@ class _Scanner:
                 if ended:
                     self._problem(position, "concatenated", "another archive begins after the end mark")
                     ended = False
+            alone = header_offset == position
             position += BLOCK
             if kind in _EXTENSIONS:
                 position = self._extension(kind, size, position)
-                if kind == _PAX_GLOBAL:
+                if kind == _PAX_GLOBAL and alone:
                     header_offset = -1
                 continue
             if self._pax or self._long_name is not None:
                 name, size = self._overridden(name, size, position)
-            if kind in _FILE_TYPES and not name.endswith("/") and b"GNU.sparse.major" not in self._pax:
+            if kind in _FILE_TYPES and not name.endswith("/") and self._pax.keys().isdisjoint(_SPARSE_RECORDS):
                 end = position + size
                 if end > size_of_file:
                     self._truncated(header_offset, name, size, position)
@@ -301,7 +306,8 @@ class _Scanner:
         return f"not a tar file: {what}"
 
     def _skip_zeros(self, position: int) -> int:
-        """Return where the zeros end, rounded down to a block."""
+        """Return where the zeros that begin with a block of them end, rounded down to a block."""
+        position += BLOCK
         while position < self._size:
             data = self._source.pread(position, _ZERO_SCAN_BYTES)
             rest = data.lstrip(b"\0")
@@ -335,7 +341,7 @@ class _Scanner:
     def _overridden(self, name: str, size: int, position: int) -> tuple[str, int]:
         raw = self._pax.get(b"GNU.sparse.name", self._pax.get(b"path", self._long_name))
         if raw is not None:
-            name = raw.decode("utf-8", "surrogateescape")
+            name = raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
         if b"size" in self._pax:
             try:
                 size = int(self._pax[b"size"])
@@ -352,9 +358,6 @@ class _Scanner:
             target = shown_name(block[157:257].split(b"\0", 1)[0].decode("utf-8", "surrogateescape"))
             self._problem(header_offset, "link", f"{_LINK_TYPES[kind]} {shown!r} to {target!r}")
             return position
-        if kind in _FILE_TYPES and name.endswith("/"):
-            self._problem(header_offset, "directory", repr(shown))
-            return position
         if kind in _OTHER_TYPES:
             label = _OTHER_TYPES[kind]
             self._problem(header_offset, label if label == "directory" else "special file", f"{label} {shown!r}")
@@ -366,8 +369,13 @@ class _Scanner:
                 if len(more) < BLOCK:
                     raise TarError("truncated tar: the map of a sparse file is cut", position)
                 extended, position = more[504] != 0, position + BLOCK
-        label = "sparse file" if kind == _SPARSE or kind in _FILE_TYPES else "unknown type"
-        self._problem(header_offset, label, f"{shown!r} (type {chr(kind)!r}) is left out")
+        if kind in _FILE_TYPES and name.endswith("/"):
+            # So did tars write directories before they had a type of their own, and without data.
+            self._problem(header_offset, "directory", repr(shown))
+            size = size if kind else 0
+        else:
+            label = "sparse file" if kind == _SPARSE or kind in _FILE_TYPES else "unknown type"
+            self._problem(header_offset, label, f"{shown!r} (type {chr(kind)!r}) is left out")
         end = position + size
         if end > self._size:
             raise TarError(f"truncated tar: member {shown!r} needs {size:,} bytes", header_offset)
@@ -423,7 +431,7 @@ def _pax_records(data: bytes, position: int) -> dict[bytes, bytes]:
         length = int(digits) if digits.isdigit() else 0
         record = data[space + 1 : start + length]
         key, equals, value = record.partition(b"=")
-        if length <= len(digits) + 1 or not equals or not value.endswith(b"\n"):
+        if not len(digits) + 1 < length <= len(data) - start or not equals or not value.endswith(b"\n"):
             raise TarError("a PAX header that is damaged", position + start)
         records[key] = value[:-1]
         start += length
