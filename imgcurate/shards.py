@@ -153,11 +153,9 @@ def _group(scan: TarScan, problems: list[Problem]) -> list[_Sample]:
 def _left_out(name: str, key: str, ext: str) -> str | None:
     if not key or key.endswith("/"):
         return "hidden file"
-    if not ext:
-        return "no extension"
     if name.startswith("__") and _META_NAME.match(name):
         return "metadata"
-    return None
+    return None if ext else "no extension"
 
 
 def _mark_damage(samples: list[_Sample], damage: Damage | None, problems: list[Problem]) -> None:
@@ -166,10 +164,10 @@ def _mark_damage(samples: list[_Sample], damage: Damage | None, problems: list[P
     problems.append(Problem(damage.offset, "damaged", damage.reason))
     key, ext = split_key(damage.name)
     known = bool(ext) and _left_out(damage.name, key, ext) is None
-    for sample in reversed(samples if known else []):
-        if sample.key == key and all(ext != e for e, _ in sample.members):
-            sample.error = damage.reason
-            return
+    latest = next((s for s in reversed(samples if known else []) if s.key == key), None)
+    if latest is not None and all(ext != e for e, _ in latest.members):
+        latest.error = damage.reason
+        return
     samples.append(_Sample(key if known else "", error=damage.reason))
 
 
