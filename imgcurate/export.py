@@ -26,8 +26,12 @@ __all__ = ["SOURCE_KEY", "OutputShard", "kept_counts", "plan_shards", "shard_nam
 
 SOURCE_KEY: Final = "source_key"
 _COPY_BYTES: Final = 8 * 1024 * 1024
-_INTERNAL: Final = frozenset({schema.SPANS, schema.OFFSET, schema.STATUS, schema.REASON, schema.DUPLICATE_OF,
-                              schema.SIMILARITY})  # fmt: skip
+_INTERNAL: Final = frozenset(
+    {
+        schema.SPANS, schema.OFFSET, schema.STATUS, schema.REASON,
+        schema.DUPLICATE_OF, schema.DUPLICATE_IN, schema.SIMILARITY,
+    }
+)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 

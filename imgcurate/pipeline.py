@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import time
 from collections import Counter
@@ -38,6 +39,7 @@ from imgcurate.storage import (
     list_files,
     local_path,
     make_folder,
+    read_bytes,
     remove_tree,
 )
 
@@ -83,6 +85,13 @@ class Result:
     def catalog(self) -> dd.DataFrame:
         """The catalog as a lazy Dask DataFrame: one row per input sample."""
         return self._catalog.frame(device="cpu")
+
+    @property
+    def dedup(self) -> list[dict[str, Any]]:
+        """What each dedup stage found: ``n_clusters``, ``eps``, and the ``curve`` of what stays over eps."""
+        folder = join_url(self.output_dir, "dedup")
+        names = list_files(folder, ".json")
+        return [json.loads(read_bytes(join_url(folder, name))) for name in names]
 
     def accounting(self) -> str:
         """Return the line that accounts for every sample."""
@@ -246,7 +255,7 @@ class _Run:
         if manifest is None and not overwrite and any(list_files(self.folder, "")):
             raise ConfigError(f"{self.folder} is not empty and holds no run of imgcurate: name another output folder")
         if manifest is not None and manifest.fingerprint != digest:
-            for name in ("catalog", "checkpoint", "shards"):
+            for name in ("catalog", "checkpoint", "dedup", "shards"):
                 remove_tree(join_url(self.folder, name))
             manifest = None
         if manifest is None:

@@ -22,6 +22,7 @@ __all__ = [
     "CATALOG_ORDER",
     "CLUSTER",
     "COLUMNS",
+    "DUPLICATE_IN",
     "DUPLICATE_OF",
     "EMBEDDING",
     "ENCODER",
@@ -75,6 +76,7 @@ AESTHETIC_SCORE_RAW: Final = "aesthetic_score_raw"
 NSFW_SCORE: Final = "nsfw_score"
 CLUSTER: Final = "cluster"
 DUPLICATE_OF: Final = "duplicate_of"
+DUPLICATE_IN: Final = "duplicate_in"
 SIMILARITY: Final = "similarity"
 ENCODER: Final = "encoder"
 
@@ -130,6 +132,7 @@ COLUMNS: Final[Mapping[str, Column]] = {
         Column(NSFW_SCORE, pa.float32(), "[0, 1], probability that the image is not safe for work"),
         Column(CLUSTER, pa.int32(), "index of the nearest k-means centroid; null where no embedding"),
         Column(DUPLICATE_OF, pa.int64(), "uid of the kept sample that this one duplicates; null if none"),
+        Column(DUPLICATE_IN, pa.string(), "run folder that duplicate_of belongs to; null if it is this one"),
         Column(SIMILARITY, pa.float32(), "cosine similarity to the sample named by duplicate_of; null if none"),
     )
 }

@@ -281,3 +281,43 @@ def test_auto_takes_one_cluster_for_few_rows_and_the_root_of_many() -> None:
     assert config.fit_rows(10**9) == 64 * 31623
     assert DedupConfig(n_clusters=50).clusters_for(10) == 10
     assert DedupConfig(fit_data_fraction=0.1).fit_rows(1000) == 100
+
+
+def semdedup_by_hand(x: np.ndarray, labels: np.ndarray, to_centroid: np.ndarray, eps: float, hard: bool) -> np.ndarray:
+    """Transcribe the published rule: per cluster, sort, and take the largest value above each diagonal entry."""
+    removed = np.zeros(len(x), dtype=bool)
+    for cluster in np.unique(labels):
+        rows = np.flatnonzero(labels == cluster)
+        rows = rows[np.lexsort((rows, to_centroid[rows] if hard else -to_centroid[rows]))]
+        similarity = x[rows].astype(np.float64) @ x[rows].astype(np.float64).T
+        upper = np.triu(similarity, k=1)
+        largest = upper.max(axis=0) if len(rows) else np.empty(0)
+        removed[rows[largest > 1 - eps]] = True
+    return removed
+
+
+@pytest.mark.parametrize("policy", ["hard", "easy"])
+@pytest.mark.parametrize("n_clusters", [1, 9])
+def test_mode_semdedup_is_the_published_rule(policy: str, n_clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity_module, "_BLOCK_ROWS", 64)
+    x = groups(60, 10, dim=12, spread=0.12, seed=6)
+    result = dedup_arrays(
+        x, eps=0.15, n_clusters=n_clusters, which_to_keep=policy, mode="semdedup", n_probe=4, device="cpu"
+    )
+    to_centroid = (x.astype(np.float64) * result.centroids[result.cluster]).sum(axis=1)
+    expected = semdedup_by_hand(x, result.cluster, to_centroid, 0.15, policy == "hard")
+    np.testing.assert_array_equal(~result.kept, expected)
+    ours = dedup_arrays(x, eps=0.15, n_clusters=n_clusters, which_to_keep=policy, n_probe=1, device="cpu")
+    # Chains make it remove more, in part for rows that are gone.
+    assert expected.sum() > (~ours.kept).sum()
+    gone = result.duplicate_of[~result.kept]
+    assert not result.kept[gone].all()
+
+
+def test_greedy_keep_never_drops_fixed_rows(backend: Backend) -> None:
+    x = np.tile(groups(1, 1), (6, 1))
+    keeper, _ = greedy_keep(x, 0.9, backend, n_fixed=2)
+    assert keeper.tolist() == [-1, -1, 0, 0, 0, 0]
+    other = np.concatenate([groups(1, 1, seed=9), x])
+    keeper, _ = greedy_keep(other, 0.9, backend, n_fixed=1, only_fixed=True)
+    assert keeper.tolist() == [-1] * 7

@@ -14,10 +14,10 @@ from test_dedup import check_result, groups
 
 from imgcurate import schema, semantic_dedup
 from imgcurate.backend import Backend, list_array
-from imgcurate.catalog import Catalog
+from imgcurate.catalog import Catalog, Manifest
 from imgcurate.dedup import DedupConfig, dedup_arrays
 from imgcurate.dedup.catalog import CatalogDedup
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, EncoderMismatchError
 from imgcurate.stages.deduplication import _run_here
 
 N = 600
@@ -58,7 +58,9 @@ def catalog_of(folder: Path, parts: list[pa.Table]) -> Catalog:
 
 
 def run(folder: Path, parts: list[pa.Table], config: DedupConfig, bucket_bytes: int) -> dict[int, tuple[int, int]]:
-    job = CatalogDedup(catalog_of(folder / "run", parts), config, str(folder / "scratch"), "cpu", bucket_bytes)
+    job = CatalogDedup(
+        catalog_of(folder / "run", parts), config, str(folder / "scratch"), "cpu", bucket_bytes=bucket_bytes
+    )
     job.run(_run_here)
     found = {}
     for i, part in enumerate(parts):
@@ -101,10 +103,10 @@ def test_orphans_come_back_or_go_for_another(tmp_path: Path) -> None:
     rows = table(x, np.arange(N))
     config = DedupConfig(eps=0.02, n_clusters=20, n_probe=3, fit_data_fraction=1.0)
     expected = in_memory(rows, config)
-    job = CatalogDedup(catalog_of(tmp_path / "a", [rows]), config, str(tmp_path / "s"), "cpu", 3000)
+    job = CatalogDedup(catalog_of(tmp_path / "a", [rows]), config, str(tmp_path / "s"), "cpu", bucket_bytes=3000)
     job.run(_run_here)
-    assert job._rows("orphans", 0, batch=0).x.shape[1] == 3
-    assert sum(len(job._rows("orphans", b, batch=0)) for b in range(job._n_buckets())) > 5
+    decider = job._decider(config.eps)
+    assert sum(len(decider._rows("orphans", b)) for b in range(job.exchange.n_buckets)) > 5
     keeper = job.decided(0).keeper
     assert {u: int(k) for u, k in enumerate(keeper)} == {u: k for u, (_, k) in expected.items()}
 
@@ -142,8 +144,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, rows: pa.Table) -> None:
         return run_tasks
 
     catalog = catalog_of(tmp_path / "run", parts)
-    job = CatalogDedup(catalog, config, str(scratch), "cpu", 6000)
-    for step in ("sample", "assign", "within clusters", "across clusters"):
+    job = CatalogDedup(catalog, config, str(scratch), "cpu", bucket_bytes=6000)
+    for step in ("sample", "assign", "eps 0.08: within clusters", "eps 0.08: across clusters"):
         with pytest.raises(StoppedError):
             job.run(stop_in(step, 2))
     job.run(_run_here)
@@ -210,3 +212,76 @@ def test_embeddings_of_several_lengths_are_refused(tmp_path: Path) -> None:
     parts = [table(groups(5, 1, dim=d), np.arange(5) + 100 * d) for d in (4, 8)]
     with pytest.raises(ConfigError, match="embeddings of 4 and 8 values cannot be compared"):
         run(tmp_path, parts, DedupConfig(), 2**30)
+
+
+def test_eps_list_counts_what_each_threshold_alone_removes(tmp_path: Path, rows: pa.Table) -> None:
+    catalog = catalog_of(tmp_path / "run", [rows.slice(0, 300), rows.slice(300)])
+    eps_list = (0.02, 0.05, 0.12)
+    config = DedupConfig(eps=0.08, eps_list=eps_list, n_clusters=12, fit_data_fraction=1.0)
+    removed = CatalogDedup(catalog, config, str(tmp_path / "s"), "cpu", bucket_bytes=6000).run(_run_here)
+    assert list(removed) == [0.02, 0.05, 0.08, 0.12]
+    for eps, n in removed.items():
+        alone = in_memory(rows, DedupConfig(eps=eps, n_clusters=12, fit_data_fraction=1.0))
+        # The reach of visitors is that of the largest threshold, which finds no pair less.
+        assert n >= sum(of >= 0 for _, of in alone.values()) - 1
+    assert sorted(removed.values()) == list(removed.values())
+    assert removed[0.08] == sum(of >= 0 for _, of in in_memory(rows, config).values())
+
+
+def finished_run(folder: Path, parts: list[pa.Table]) -> str:
+    catalog_of(folder, parts)
+    Manifest("0" * 64, {}, len(parts), state="done").save(str(folder))
+    return str(folder)
+
+
+def test_what_a_reference_kept_stays_kept(tmp_path: Path, client: Client) -> None:
+    x = np.concatenate([groups(30, 10, spread=0.05, seed=11), groups(20, 5, spread=0.05, seed=12)])
+    old = table(x[:200], np.arange(200) + (7 << 32), left=np.arange(200) % 5 == 0)
+    new = table(x[200:], np.arange(200) + (3 << 32))
+    folder = finished_run(tmp_path / "old", [old.slice(0, 90), old.slice(90)])
+    ddf = semantic_dedup(frame_of(new, 3), eps=0.1, n_clusters=5, reference=[folder])
+    out = ddf.compute().set_index("uid")
+    assert len(out) == 200
+    old_x = np.array(old["embedding"].to_pylist())
+    old_ok = np.array([s == "ok" for s in old["status"].to_pylist()])
+    by_reference = out.duplicate_in.notna()
+    goes = out.status == "duplicate"
+    assert 20 < by_reference.sum() < goes.sum()
+    for row in out[by_reference].itertuples():
+        position = int(row.duplicate_of) - (7 << 32)
+        assert old_ok[position]
+        assert old_x[position] @ row.embedding == pytest.approx(row.similarity, abs=1e-5)
+        assert row.duplicate_in == folder
+        assert row.reason.startswith(f"duplicate of {folder}: 00007/key{position}, cosine 0.9")
+    assert (out.loc[out[goes & ~by_reference].duplicate_of].status == "ok").all()
+    kept = np.stack(out.embedding[~goes].to_numpy())
+    assert (kept @ kept.T - np.eye(len(kept)) < 0.9 + 1e-5).all()
+    near_old = (kept @ old_x[old_ok].T >= 0.9 + 1e-5).any(axis=1)
+    # Two of five clusters are probed: hardly a near row of the reference can be missed.
+    assert near_old.mean() < 0.02
+
+
+def test_only_reference_leaves_the_rest_alone(tmp_path: Path, client: Client) -> None:
+    x = groups(40, 10, spread=0.05, seed=11)
+    evaluation = table(x[:40], np.arange(40))
+    training = table(x[40:], np.arange(360))
+    folder = finished_run(tmp_path / "eval", [evaluation])
+    out = semantic_dedup(
+        frame_of(training, 2), eps=0.1, n_clusters=1, reference=[folder], only_reference=True
+    ).compute()
+    near = (x[40:] @ x[:40].T >= 0.9).any(axis=1)
+    np.testing.assert_array_equal((out.status == "duplicate").to_numpy(), near)
+    assert (out.duplicate_in.notna() == (out.status == "duplicate")).all()
+
+
+def test_a_reference_must_be_a_finished_run_of_the_same_encoder(tmp_path: Path, rows: pa.Table) -> None:
+    ddf = frame_of(rows, 1)
+    with pytest.raises(ConfigError, match="is not the output folder of a finished run"):
+        semantic_dedup(ddf, reference=[str(tmp_path / "none")])
+    with pytest.raises(ConfigError, match="only_reference=True needs a reference"):
+        semantic_dedup(ddf, only_reference=True)
+    theirs = rows.append_column("encoder", pa.array(["ViT-L-14/openai"] * N))
+    ours = rows.append_column("encoder", pa.array(["tiny-image"] * N))
+    folder = finished_run(tmp_path / "other", [theirs])
+    with pytest.raises(EncoderMismatchError, match="has embeddings of ViT-L-14/openai, and the data set of tiny-image"):
+        semantic_dedup(frame_of(ours, 1), reference=[folder])

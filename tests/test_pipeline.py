@@ -113,10 +113,14 @@ def test_output_shards_have_sidecars_in_the_same_order(curated) -> None:
 
 def test_output_folder_is_as_documented(curated) -> None:
     out = Path(curated.output_dir)
-    assert sorted(p.name for p in out.iterdir()) == ["catalog", "manifest.json", "shards"]
+    assert sorted(p.name for p in out.iterdir()) == ["catalog", "dedup", "manifest.json", "shards"]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["state"] == "done"
     assert manifest["counts"] == {"duplicate": 12, "ok": 60}
+    (found,) = curated.dedup
+    assert found == {
+        "samples": 72, "n_clusters": 4, "eps": 0.05, "curve": [{"eps": 0.05, "removed": 12, "kept": 60}],
+    }  # fmt: skip
     columns = pq.read_schema(out / "catalog" / "part-00000.parquet").names
     wanted = "uid shard key ext width height nbytes status reason embedding cluster duplicate_of similarity".split()
     assert set(wanted) <= set(columns)

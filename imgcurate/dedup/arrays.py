@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from imgcurate.backend import get_backend
+from imgcurate.backend import Backend, get_backend
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.kmeans import fit_centroids
 from imgcurate.dedup.passes import Decisions, Pairs, Rows, across, choose, orphans_of, within
@@ -104,18 +104,20 @@ def dedup_arrays(
     return DedupResult(duplicate_of, similarity, cluster, centroids)
 
 
-def _decide(rows: Rows, config: DedupConfig, backend: Any) -> Decisions:
-    rows, decisions = within(rows, config.threshold, backend)
+def _decide(rows: Rows, config: DedupConfig, backend: Backend) -> Decisions:
+    rows, decisions = within(rows, config, backend)
+    if config.probes == 1:
+        return decisions
     kept = rows.take(~decisions.goes)
-    crossed = choose(across(kept, kept.visitors(), config.threshold, backend))
+    crossed = choose(across(kept, kept.visitors(), config, backend))
     orphaned = orphans_of(decisions, crossed)
     decisions = decisions.overridden(crossed)
     if orphaned.any():
         orphans = rows.take(orphaned)
         left = Rows.concat([rows.take(~decisions.goes), orphans])
         pairs = [
-            across(orphans, Rows.concat([left, left.visitors()]), config.threshold, backend),
-            across(orphans.visitors(), left, config.threshold, backend),
+            across(orphans, Rows.concat([left, left.visitors()]), config, backend),
+            across(orphans.visitors(), left, config, backend),
         ]
         fixed = decisions.uid[~decisions.goes]
         examined = choose(Pairs.concat(pairs, rows.keys.shape[1]), fixed)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from imgcurate.dedup.keep import KeepOrder
 from imgcurate.errors import ConfigError
 
-__all__ = ["DedupConfig"]
+__all__ = ["DEDUP_MODES", "DedupConfig"]
 
+DEDUP_MODES: Final = ("representatives", "semdedup")
 _ROWS_PER_CLUSTER: Final = 2000
 _FIT_ROWS_PER_CLUSTER: Final = 64
 _MIN_FIT_ROWS: Final = 20_000
@@ -34,6 +35,14 @@ class DedupConfig:
         Keep the member of a group that is farthest from its centroid, nearest to it, or any.
     keep_by : sequence of str
         Columns that decide before `which_to_keep` does; see :class:`KeepOrder`. Ties go to the lower uid.
+    mode : {"representatives", "semdedup"}
+        ``"representatives"``: a sample goes only for one that stays. ``"semdedup"``: it goes if it is near
+        *any* preferred sample of its cluster, also one that goes itself, with a similarity > 1 - eps:
+        the published rule, which does not look across borders.
+    eps_list : sequence of float
+        Further thresholds for which to count what would stay.
+    only_reference : bool
+        Compare with the reference sets alone, not the samples with each other.
     fit_data_fraction : float, optional
         Share of the samples that k-means is fitted on, in (0, 1]; by default 64 per cluster, and at
         least 20,000.
@@ -53,6 +62,9 @@ class DedupConfig:
     n_probe: int = 2
     which_to_keep: str = "hard"
     keep_by: Sequence[str] = ()
+    mode: str = "representatives"
+    eps_list: Sequence[float] = ()
+    only_reference: bool = False
     fit_data_fraction: float | None = None
     max_iter: int = 25
     tol: float = 1e-4
@@ -62,8 +74,11 @@ class DedupConfig:
     oversampling_factor: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps <= 1:
-            raise ConfigError(f"eps={self.eps} should be in [0, 1]: duplicates have a cosine similarity >= 1 - eps")
+        for eps in (self.eps, *self.eps_list):
+            if not 0 <= eps <= 1:
+                raise ConfigError(f"eps={eps} should be in [0, 1]: duplicates have a cosine similarity >= 1 - eps")
+        if self.mode not in DEDUP_MODES:
+            raise ConfigError(f"mode={self.mode!r} is none of {', '.join(DEDUP_MODES)}")
         if self.n_clusters != "auto" and (isinstance(self.n_clusters, str) or self.n_clusters < 1):
             raise ConfigError(f"n_clusters={self.n_clusters!r} should be 'auto' or >= 1")
         for name in ("n_probe", "max_iter", "n_init"):
@@ -79,6 +94,20 @@ class DedupConfig:
                 f"random_state={self.random_state} in [0, 2^32)"
             )
         _ = self.keep_order
+
+    @property
+    def largest_eps(self) -> float:
+        """The largest of all thresholds."""
+        return max(self.eps, *self.eps_list, 0.0)
+
+    @property
+    def probes(self) -> int:
+        """In how many clusters a sample is looked for."""
+        return 1 if self.mode == "semdedup" else self.n_probe
+
+    def with_eps(self, eps: float) -> DedupConfig:
+        """Return the same parameters with another threshold."""
+        return replace(self, eps=eps, eps_list=())
 
     @property
     def threshold(self) -> float:

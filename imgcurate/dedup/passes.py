@@ -13,16 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from imgcurate.backend import Backend
-from imgcurate.dedup.similarity import greedy_keep, near_pairs
+from imgcurate.dedup.config import DedupConfig
+from imgcurate.dedup.similarity import greedy_keep, near_pairs, remove_chains
 
-__all__ = ["Decisions", "Pairs", "Rows", "across", "choose", "orphans_of", "within"]
+__all__ = ["REFERENCE_BIT", "Decisions", "Pairs", "Rows", "across", "choose", "orphans_of", "within"]
+
+REFERENCE_BIT: Final = 1 << 62
+"""Set in the uid of a row of a reference set, which stays whatever it is near to."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -58,6 +62,11 @@ class Rows:
         """Return the number of rows."""
         return len(self.uid)
 
+    @property
+    def fixed(self) -> npt.NDArray[np.bool_]:
+        """Mask of the rows of reference sets."""
+        return _is_reference(self.uid)
+
     def take(self, index: npt.NDArray[Any]) -> Rows:
         """Return some rows: positions, or a mask."""
         return Rows(*(getattr(self, f.name)[index] for f in fields(self)))
@@ -71,8 +80,8 @@ class Rows:
         return Rows.concat(parts)
 
     def in_order(self) -> Rows:
-        """Return the rows by cluster, in each the preferred ones first."""
-        return self.take(np.lexsort((self.uid, *self.keys.T[::-1], self.cluster)))
+        """Return the rows by cluster, in each those of reference sets first, then the preferred ones."""
+        return self.take(np.lexsort((self.uid, *self.keys.T[::-1], ~self.fixed, self.cluster)))
 
     def clusters(self) -> dict[int, slice]:
         """Return where each cluster lies in rows that are in order."""
@@ -231,15 +240,15 @@ class Pairs:
         return Pairs(uid, keys, name, _from_arrow(batch["similarity"]))
 
 
-def within(rows: Rows, threshold: float, backend: Backend) -> tuple[Rows, Decisions]:
+def within(rows: Rows, config: DedupConfig, backend: Backend) -> tuple[Rows, Decisions]:
     """Decide in each cluster by itself.
 
     Parameters
     ----------
     rows : Rows
         All rows of some clusters.
-    threshold : float
-        Lowest cosine similarity of near rows.
+    config : DedupConfig
+        Threshold and mode.
     backend : Backend
         Where.
 
@@ -253,16 +262,23 @@ def within(rows: Rows, threshold: float, backend: Backend) -> tuple[Rows, Decisi
     rows = rows.in_order()
     keeper = np.full(len(rows), -1, dtype=np.int64)
     similarity = np.full(len(rows), np.nan)
+    fixed = rows.fixed
     for place in rows.clusters().values():
-        local, similarity[place] = greedy_keep(rows.x[place], threshold, backend)
+        x = rows.x[place]
+        if config.mode == "semdedup":
+            local, similarity[place] = remove_chains(x, config.threshold, backend)
+        else:
+            local, similarity[place] = greedy_keep(
+                x, config.threshold, backend, n_fixed=int(fixed[place].sum()), only_fixed=config.only_reference
+            )
         keeper[place] = np.where(local >= 0, local + place.start, -1)
     return rows, _decisions(rows.uid, rows.name, keeper, similarity)
 
 
-def across(a: Rows, b: Rows, threshold: float, backend: Backend) -> Pairs:
+def across(a: Rows, b: Rows, config: DedupConfig, backend: Backend) -> Pairs:
     """Return the near pairs of rows of `a` and of `b` that are looked at in the same cluster.
 
-    Rows may be on both sides; no row is compared with itself.
+    Rows may be on both sides; no row is compared with itself, and no two rows of reference sets are.
     """
     a, b = a.in_order(), b.in_order()
     found: list[Pairs] = []
@@ -271,18 +287,22 @@ def across(a: Rows, b: Rows, threshold: float, backend: Backend) -> Pairs:
         if cluster not in others:
             continue
         left, right = a.take(_span(place)), b.take(_span(others[cluster]))
-        i, j, similarity = near_pairs(left.x, right.x, threshold, backend)
-        distinct = left.uid[i] != right.uid[j]
-        i, j = i[distinct], j[distinct]
-        found.append(
-            Pairs(
-                np.stack([left.uid[i], right.uid[j]], axis=1),
-                np.stack([left.keys[i], right.keys[j]], axis=1),
-                np.stack([left.name[i], right.name[j]], axis=1),
-                similarity[distinct],
-            )
-        )
+        sides = [(left.take(~left.fixed), right.take(right.fixed) if config.only_reference else right)]
+        sides.append((left.take(left.fixed), right.take(~right.fixed)))
+        found += [_near(one, other, config.threshold, backend) for one, other in sides if len(one) and len(other)]
     return Pairs.concat(found, a.keys.shape[1])
+
+
+def _near(a: Rows, b: Rows, threshold: float, backend: Backend) -> Pairs:
+    i, j, similarity = near_pairs(a.x, b.x, threshold, backend)
+    distinct = a.uid[i] != b.uid[j]
+    i, j = i[distinct], j[distinct]
+    return Pairs(
+        np.stack([a.uid[i], b.uid[j]], axis=1),
+        np.stack([a.keys[i], b.keys[j]], axis=1),
+        np.stack([a.name[i], b.name[j]], axis=1),
+        similarity[distinct],
+    )
 
 
 def choose(pairs: Pairs, fixed: Ints | None = None) -> Decisions:
@@ -293,7 +313,7 @@ def choose(pairs: Pairs, fixed: Ints | None = None) -> Decisions:
     pairs : Pairs
         All near pairs among the rows in question.
     fixed : ndarray of int64, optional
-        Rows that stay whatever they are near to: those that were kept before.
+        Rows that stay whatever they are near to, besides those of reference sets.
 
     Returns
     -------
@@ -305,7 +325,7 @@ def choose(pairs: Pairs, fixed: Ints | None = None) -> Decisions:
     keys = pairs.keys.reshape(-1, pairs.keys.shape[2])[first]
     names = pairs.name.reshape(-1)[first]
     rank = np.empty(len(uid), dtype=np.int64)
-    is_fixed = np.isin(uid, fixed) if fixed is not None else np.zeros(len(uid), dtype=bool)
+    is_fixed = _is_reference(uid) | np.isin(uid, [] if fixed is None else fixed)
     order = np.lexsort((uid, *keys.T[::-1], ~is_fixed))
     rank[order] = np.arange(len(uid))
     i, j = np.searchsorted(uid, pairs.uid[:, 0]), np.searchsorted(uid, pairs.uid[:, 1])
@@ -334,6 +354,10 @@ def _decisions(uid: Ints, names: npt.NDArray[Any], keeper: Ints, similarity: npt
 def orphans_of(decisions: Decisions, later: Decisions) -> npt.NDArray[np.bool_]:
     """Return the mask of the rows that went for a row that goes by later decisions."""
     return decisions.goes & np.isin(decisions.keeper, later.uid[later.goes])
+
+
+def _is_reference(uid: Ints) -> npt.NDArray[np.bool_]:
+    return uid >= REFERENCE_BIT
 
 
 def _span(place: slice) -> Ints:

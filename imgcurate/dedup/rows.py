@@ -88,12 +88,12 @@ def make_rows(
     backend : Backend
         Where.
     """
-    labels, similarity = assign(x, centroids, config.n_probe, backend)
+    labels, similarity = assign(x, centroids, config.probes, backend)
     keys = config.keep_order.keys(uid, similarity[:, 0], columns)
     # Arrow divides by zero where lists of fixed length are empty: there is always one column.
     probes = np.full((len(x), max(1, labels.shape[1] - 1)), -1, dtype=np.int32)
     for i in range(1, labels.shape[1]):
-        beyond = _beyond_reach(labels, similarity, i, centroids, config.eps)
+        beyond = _beyond_reach(labels, similarity, i, centroids, config.largest_eps)
         probes[:, i - 1] = np.where(beyond, -1, labels[:, i])
     return Rows(uid, keys, labels[:, 0].copy(), probes, name, x)
 

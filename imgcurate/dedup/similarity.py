@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from imgcurate.backend import Backend
 
-__all__ = ["exact_similarity", "greedy_keep", "near_pairs", "rounding_error"]
+__all__ = ["exact_similarity", "greedy_keep", "near_pairs", "remove_chains", "rounding_error"]
 
 _BLOCK_ROWS: Final = 512
 _SLICE_ROWS: Final = 16_384
@@ -44,7 +44,9 @@ def exact_similarity(a: Floats, b: Floats, i: npt.NDArray[Any], j: npt.NDArray[A
     return out
 
 
-def greedy_keep(x: Floats, threshold: float, backend: Backend) -> tuple[Ints, npt.NDArray[np.float64]]:
+def greedy_keep(
+    x: Floats, threshold: float, backend: Backend, *, n_fixed: int = 0, only_fixed: bool = False
+) -> tuple[Ints, npt.NDArray[np.float64]]:
     """Go through rows in order; keep each that is not near a row kept before.
 
     Parameters
@@ -55,6 +57,10 @@ def greedy_keep(x: Floats, threshold: float, backend: Backend) -> tuple[Ints, np
         Rows with a cosine similarity >= this are near.
     backend : Backend
         Where the products are computed.
+    n_fixed : int
+        The first rows, which are kept in any case.
+    only_fixed : bool
+        Compare with these alone.
 
     Returns
     -------
@@ -71,12 +77,50 @@ def greedy_keep(x: Floats, threshold: float, backend: Backend) -> tuple[Ints, np
     keeper = np.full(n, -1, dtype=np.int64)
     similarity = np.full(n, np.nan)
     kept = _KeptRows(x, backend)
-    for start in range(0, n, _BLOCK_ROWS):
+    kept.add(np.arange(n_fixed))
+    for start in range(n_fixed, n, _BLOCK_ROWS):
         block = x[start : start + _BLOCK_ROWS]
         i, j = kept.candidates(block, threshold)
         _take_best(keeper, similarity, start + i, j, exact_similarity(block, x, i, j), threshold)
+        if only_fixed:
+            continue
         _within_block(block, keeper[start:], similarity[start:], start, threshold, backend)
         kept.add(start + np.flatnonzero(keeper[start : start + len(block)] < 0))
+    return keeper, similarity
+
+
+def remove_chains(x: Floats, threshold: float, backend: Backend) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """Go through rows in order; remove each that is near *any* row before it, as SemDeDup does.
+
+    Parameters
+    ----------
+    x : ndarray of float32 of shape (n, d)
+        Unit rows, the preferred first.
+    threshold : float
+        Rows with a cosine similarity > this are near.
+    backend : Backend
+        Where the products are computed.
+
+    Returns
+    -------
+    keeper : ndarray of int64 of shape (n,)
+        For a row that goes, the most similar row before it, which may go itself; else -1.
+    similarity : ndarray of float64 of shape (n,)
+        To that row; NaN for a row that stays.
+
+    References
+    ----------
+    Abbas et al.: SemDeDup, 2023, algorithm A7 and ``semdedup.py`` of the published code.
+    """
+    n = len(x)
+    keeper = np.full(n, -1, dtype=np.int64)
+    similarity = np.full(n, np.nan)
+    for start in range(0, n, _BLOCK_ROWS):
+        block = x[start : start + _BLOCK_ROWS]
+        before = x[: start + len(block)]
+        i, j, values = near_pairs(block, before, threshold, backend)
+        earlier = (j < start + i) & (values > threshold)
+        _take_best(keeper, similarity, start + i[earlier], j[earlier], values[earlier], threshold)
     return keeper, similarity
 
 

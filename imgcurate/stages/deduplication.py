@@ -17,19 +17,21 @@ import pyarrow as pa
 from distributed import Client
 
 from imgcurate import schema
-from imgcurate.backend import Backend, get_backend
-from imgcurate.catalog import Catalog
+from imgcurate.backend import Backend, get_backend, list_array
+from imgcurate.catalog import Catalog, Manifest, write_parquet
 from imgcurate.dedup.catalog import CatalogDedup
 from imgcurate.dedup.config import DedupConfig
-from imgcurate.errors import ConfigError
+from imgcurate.dedup.exchange import Scratch
+from imgcurate.errors import ConfigError, EncoderMismatchError, InputError
 from imgcurate.execution import Progress, call_frame, run_waves
 from imgcurate.stages.base import DatasetStage
 from imgcurate.stages.executor import frame_types
-from imgcurate.storage import join_url
+from imgcurate.storage import join_url, make_folder
 
 __all__ = ["SemanticDedupStage", "semantic_dedup"]
 
 _ADDS = (schema.CLUSTER, schema.DUPLICATE_OF, schema.SIMILARITY)
+_DECIDED = (*_ADDS, schema.DUPLICATE_IN)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class SemanticDedupStage(DatasetStage):
         Keep the member of a group that is farthest from its centroid, nearest to it, or any.
     keep_by : sequence of str
         Columns that decide first: ``("-width*height", "-aesthetic_score")`` keeps the largest image.
+    mode : {"representatives", "semdedup"}
+        ``"semdedup"`` is the published rule, by which a sample may go for one that goes itself.
+    eps_list : sequence of float
+        Further thresholds for which to count what would stay: see :attr:`Result.dedup`.
+    reference : sequence of str
+        Output folders of finished runs with the same encoder. What they kept stays kept: a sample near
+        one of theirs goes, with ``duplicate_in`` naming the folder.
+    only_reference : bool
+        Compare with the reference alone, not the samples with each other: removes from a training set
+        what is near an evaluation set.
     fit_data_fraction : float, optional
         Share of the samples that k-means is fitted on; by default 64 per cluster, at least 20,000.
     max_iter, tol, init, n_init, random_state, oversampling_factor
@@ -72,6 +84,10 @@ class SemanticDedupStage(DatasetStage):
     n_probe: int = 2
     which_to_keep: str = "hard"
     keep_by: Sequence[str] = ()
+    mode: str = "representatives"
+    eps_list: Sequence[float] = ()
+    reference: Sequence[str] = ()
+    only_reference: bool = False
     fit_data_fraction: float | None = None
     max_iter: int = 25
     tol: float = 1e-4
@@ -81,11 +97,13 @@ class SemanticDedupStage(DatasetStage):
     oversampling_factor: float = 2.0
 
     name: ClassVar[str] = "SemanticDedupStage"
-    adds: ClassVar[Mapping[str, str | pa.DataType]] = {name: schema.arrow_type(name) for name in _ADDS}
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_by, str):
-            raise ConfigError(f"keep_by={self.keep_by!r} should be a sequence, such as ('-width*height',)")
+        for parameter in ("keep_by", "reference"):
+            if isinstance(getattr(self, parameter), str):
+                raise ConfigError(f"{parameter}={getattr(self, parameter)!r} should be a sequence of strings")
+        if self.only_reference and not self.reference:
+            raise ConfigError("only_reference=True needs a reference: the output folder of a finished run")
         _ = self.config
 
     @property
@@ -93,7 +111,8 @@ class SemanticDedupStage(DatasetStage):
         """The parameters of deduplication."""
         return DedupConfig(
             eps=self.eps, n_clusters=self.n_clusters, n_probe=self.n_probe, which_to_keep=self.which_to_keep,
-            keep_by=tuple(self.keep_by), fit_data_fraction=self.fit_data_fraction, max_iter=self.max_iter,
+            keep_by=tuple(self.keep_by), mode=self.mode, eps_list=tuple(self.eps_list),
+            only_reference=self.only_reference, fit_data_fraction=self.fit_data_fraction, max_iter=self.max_iter,
             tol=self.tol, init=self.init, n_init=self.n_init, random_state=self.random_state,
             oversampling_factor=self.oversampling_factor,
         )  # fmt: skip
@@ -103,9 +122,18 @@ class SemanticDedupStage(DatasetStage):
         """The embedding and the columns of ``keep_by``."""
         return (schema.EMBEDDING, *self.config.keep_order.columns)
 
+    @property
+    def adds(self) -> Mapping[str, str | pa.DataType]:  # type: ignore[override]
+        """The columns of decisions."""
+        return {name: schema.arrow_type(name) for name in _added(self.reference)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the identity of the reference runs."""
+        return {"references": [_open_run(folder)[1].fingerprint for folder in self.reference]} if self.reference else {}
+
     def process_dataset(self, ddf: dd.DataFrame) -> dd.DataFrame:
         """Process a frame; see :func:`semantic_dedup`."""
-        return _dedup_frame(ddf, self.config, "auto", None)
+        return _dedup_frame(ddf, self.config, self.reference, "auto", None)
 
     def process_catalog(
         self,
@@ -117,9 +145,11 @@ class SemanticDedupStage(DatasetStage):
         progress: Progress | None = None,
     ) -> dd.DataFrame:
         """Process a catalog, with checkpoints in `scratch_dir`; the way that :class:`Pipeline` takes."""
-        job = CatalogDedup(before, self.config, scratch_dir, device)
-        job.run(partial(_run_on_client, client=client, progress=progress))
-        return _decided_frame(job, device, [schema.STATUS, schema.REASON, *_ADDS])
+        references = _references(self.reference, before)
+        job = CatalogDedup(before, self.config, scratch_dir, device, references)
+        removed = job.run(partial(_run_on_client, client=client, progress=progress))
+        _save_summary(job, removed, join_url(before.folder, "dedup"))
+        return _decided_frame(job, device, [schema.STATUS, schema.REASON, *_added(self.reference)])
 
 
 def semantic_dedup(
@@ -165,10 +195,12 @@ def semantic_dedup(
         stage = SemanticDedupStage(eps=eps, **parameters)
     except TypeError as exc:
         raise ConfigError(f"semantic_dedup: {exc}") from exc
-    return _dedup_frame(ddf, stage.config, device, scratch_dir)
+    return _dedup_frame(ddf, stage.config, stage.reference, device, scratch_dir)
 
 
-def _dedup_frame(ddf: dd.DataFrame, config: DedupConfig, device: str, scratch_dir: str | None) -> dd.DataFrame:
+def _dedup_frame(
+    ddf: dd.DataFrame, config: DedupConfig, reference: Sequence[str], device: str, scratch_dir: str | None
+) -> dd.DataFrame:
     needed = (schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.REASON, schema.EMBEDDING)
     for column in (*needed, *config.keep_order.columns):
         if column not in ddf.columns:
@@ -176,15 +208,65 @@ def _dedup_frame(ddf: dd.DataFrame, config: DedupConfig, device: str, scratch_di
     if scratch_dir is None:
         scratch_dir = tempfile.mkdtemp(prefix="imgcurate-dedup-")
         atexit.register(shutil.rmtree, scratch_dir, ignore_errors=True)
-    types = {c: t for c, t in frame_types(ddf).items() if c not in _ADDS}
+    types = {c: t for c, t in frame_types(ddf).items() if c not in _added(reference)}
     spooled = Catalog(join_url(scratch_dir, "frame"), ddf.npartitions)
     spooled.make_folders()
     out = schema.arrow_schema(types, types)
     spool = dask.delayed(_spool, pure=False)
     dask.compute(*(spool(part, i, spooled, out) for i, part in enumerate(ddf[out.names].to_delayed())))
-    job = CatalogDedup(spooled, config, join_url(scratch_dir, "dedup"), device)
+    job = CatalogDedup(spooled, config, join_url(scratch_dir, "dedup"), device, _references(reference, spooled))
     job.run(_run_here)
-    return _decided_frame(job, device, [*out.names, *_ADDS])
+    return _decided_frame(job, device, [*out.names, *_added(reference)])
+
+
+def _added(reference: Sequence[str]) -> tuple[str, ...]:
+    return (*_ADDS, schema.DUPLICATE_IN) if reference else _ADDS
+
+
+def _open_run(folder: str) -> tuple[Catalog, Manifest]:
+    manifest = Manifest.load(folder)
+    if manifest is None or manifest.state != "done":
+        raise InputError(f"reference={folder!r} is not the output folder of a finished run")
+    return Catalog(folder, manifest.n_parts), manifest
+
+
+def _references(folders: Sequence[str], catalog: Catalog) -> tuple[Catalog, ...]:
+    """Open the reference runs, and check that their embeddings can be compared with the catalog's."""
+    references = tuple(_open_run(folder)[0] for folder in folders)
+    ours = _encoders(catalog)
+    for folder, reference in zip(folders, references, strict=True):
+        theirs = _encoders(reference)
+        if len(ours | theirs) > 1:
+            raise EncoderMismatchError(
+                f"reference={folder!r} has embeddings of {', '.join(theirs)}, and the data set of {', '.join(ours)}"
+            )
+    return references
+
+
+def _encoders(catalog: Catalog) -> set[str]:
+    """Return who made the embeddings, from the first part that has any."""
+    for number in range(catalog.n_parts):
+        if schema.ENCODER not in catalog.schema.names:
+            break
+        names = catalog.read(number, [schema.ENCODER])[schema.ENCODER].drop_null().unique().to_pylist()
+        if names:
+            return set(names)
+    return set()
+
+
+def _save_summary(job: CatalogDedup, removed: Mapping[float, int], folder: str) -> None:
+    """Write the curve of what stays over eps, and the centroids."""
+    name = job.scratch.rstrip("/").rsplit("/", 1)[-1].removesuffix("-scratch")
+    make_folder(folder, job.catalog.storage_options)
+    out = Scratch(folder, job.catalog.storage_options)
+    n_rows = job.exchange.n_own_rows
+    n_clusters = 0
+    if job.exchange.n_buckets:
+        centroids = job.exchange.centroids()
+        n_clusters = len(centroids)
+        write_parquet(join_url(folder, f"{name}-centroids.parquet"), pa.table({"centroid": list_array(centroids)}))
+    curve = [{"eps": eps, "removed": n, "kept": n_rows - n} for eps, n in removed.items()]
+    out.write_json(name, {"samples": n_rows, "n_clusters": n_clusters, "eps": job.config.eps, "curve": curve})
 
 
 def _spool(frame: Any, number: int, catalog: Catalog, out: pa.Schema) -> None:
@@ -214,7 +296,7 @@ def _run_here(
 
 
 def _decided_frame(job: CatalogDedup, device: str, columns: Sequence[str]) -> dd.DataFrame:
-    types = {f.name: f.type for f in job.catalog.schema} | {c: schema.arrow_type(c) for c in _ADDS}
+    types = {f.name: f.type for f in job.catalog.schema} | {c: schema.arrow_type(c) for c in columns if c in _DECIDED}
     out = schema.arrow_schema(columns, types)
     backend = get_backend(device)
     return dd.from_map(
@@ -224,22 +306,27 @@ def _decided_frame(job: CatalogDedup, device: str, columns: Sequence[str]) -> dd
 
 
 def _decided_part(number: int, job: CatalogDedup, out: pa.Schema, device: str) -> Any:
-    table = job.catalog.read(number, [c for c in out.names if c not in _ADDS])
+    table = job.catalog.read(number, [c for c in out.names if c not in _DECIDED])
     return get_backend(device).frame_from_arrow(_with_decisions(table, job, number, out))
 
 
 def _with_decisions(table: pa.Table, job: CatalogDedup, number: int, out: pa.Schema) -> pa.Table:
     decided = job.decided(number)
-    goes = decided.keeper >= 0
+    goes = decided.goes
     status = np.where(goes, schema.STATUS_DUPLICATE, table[schema.STATUS].to_numpy(zero_copy_only=False))
     reason = table[schema.REASON].to_pylist()
+    folders = [job.references[i].folder for i in decided.reference_index]
+    where = np.full(len(goes), None, dtype=object)
+    where[decided.by_reference] = folders
     for i in np.flatnonzero(goes):
-        reason[i] = f"duplicate of {decided.keeper_name[i]}, cosine {decided.similarity[i]:.3f}"
+        name = f"{where[i]}: {decided.keeper_name[i]}" if where[i] else decided.keeper_name[i]
+        reason[i] = f"duplicate of {name}, cosine {decided.similarity[i]:.3f}"
     columns = {name: table[name] for name in table.column_names} | {
         schema.STATUS: pa.array(status.astype(object), pa.string()),
         schema.REASON: pa.array(reason, pa.string()),
         schema.CLUSTER: pa.array(decided.cluster.astype(np.int32), mask=decided.cluster < 0),
-        schema.DUPLICATE_OF: pa.array(decided.keeper, mask=~goes),
+        schema.DUPLICATE_OF: pa.array(decided.keeper_uid, mask=~goes),
+        schema.DUPLICATE_IN: pa.array(where, pa.string()),
         schema.SIMILARITY: pa.array(decided.similarity.astype(np.float32), mask=~goes),
     }
     return pa.table({name: columns[name] for name in out.names}).cast(out)

@@ -1,0 +1,175 @@
+"""Buckets -> decisions, for one threshold: the three passes as tasks on a cluster.
+
+==========================  ===========  ==================================================
+file in the folder          a batch per  holds
+==========================  ===========  ==================================================
+``decisions/<bucket>``      part         what :func:`~imgcurate.dedup.passes.within` decided
+``kept/<bucket>``                        the rows that stay
+``visitors/<bucket>``       bucket       the same, where they visit other clusters
+``pairs/<bucket>``                       near pairs across borders
+``crossed``                              what is decided by these
+``orphans/<bucket>``                     rows to examine again
+``orphan_visitors/<b...>``  bucket       the same, where they visit other clusters
+``orphan_pairs/<bucket>``                near pairs of these
+``overrides``                            all decisions after the first pass
+==========================  ===========  ==================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from imgcurate.backend import Backend, get_backend
+from imgcurate.dedup.config import DedupConfig
+from imgcurate.dedup.exchange import Exchange, Scratch, TaskRunner
+from imgcurate.dedup.passes import Decisions, Pairs, Rows, across, choose, orphans_of, within
+
+__all__ = ["Decider"]
+
+_FOLDERS: Final = ("decisions", "kept", "visitors", "pairs", "orphans", "orphan_visitors", "orphan_pairs")
+
+
+@dataclass(frozen=True)
+class Decider:
+    """Decide about the rows of an exchange by one threshold; picklable, so that tasks carry it.
+
+    Attributes
+    ----------
+    exchange : Exchange
+        The rows, in their buckets.
+    config : DedupConfig
+        Threshold and mode.
+    scratch : Scratch
+        Where the decisions go.
+    """
+
+    exchange: Exchange
+    config: DedupConfig
+    scratch: Scratch
+
+    def run(self, run_tasks: TaskRunner) -> int:
+        """Decide about all rows, and return how many of the catalog's go."""
+        self.scratch.make(*_FOLDERS)
+        buckets = range(self.exchange.n_buckets)
+        label = f"eps {self.config.eps:g}: "
+        gone: int = sum(r["goes"] for r in run_tasks(f"{label}within clusters", self._within, buckets).values())
+        overrides = Decisions.stay(np.empty(0, np.int64))
+        if self.config.probes > 1:
+            run_tasks(f"{label}across clusters", self._across, buckets)
+            overrides = choose(self._all_pairs("pairs"))
+            self.scratch.write("crossed", [overrides.to_arrow()])
+            gone += int(overrides.goes.sum())
+        if overrides.goes.any():
+            run_tasks(f"{label}orphans", self._find_orphans, buckets)
+            run_tasks(f"{label}orphans again", self._examine_orphans, buckets)
+            orphans = np.concatenate([self._rows("orphans", b).uid for b in buckets])
+            pairs = self._all_pairs("orphan_pairs")
+            fixed = np.setdiff1d(pairs.uid.reshape(-1), orphans)
+            examined = Decisions.stay(orphans).overridden(choose(pairs, fixed))
+            gone -= int((~examined.goes).sum())
+            overrides = Decisions.concat([overrides, examined])
+        self.scratch.write("overrides", [overrides.to_arrow()])
+        return gone
+
+    def decided(self, part: int) -> Iterator[tuple[Decisions, npt.NDArray[np.int32]]]:
+        """Yield the decisions about a part's rows and their clusters, bucket by bucket."""
+        n_buckets = self.exchange.n_buckets
+        overrides = Decisions.from_arrow(self.scratch.read("overrides")) if n_buckets else None
+        for bucket in range(n_buckets):
+            batch = self.scratch.read(f"decisions/{bucket:05d}", part)
+            decisions = Decisions.from_arrow(batch)
+            yield decisions.overridden(overrides) if overrides else decisions, batch["cluster"].to_numpy()
+
+    def _within(self, bucket: int) -> dict[str, Any]:
+        name = f"decisions/{bucket:05d}"
+        n_parts = self.exchange.n_parts
+        if self.scratch.has(name):
+            batches = [Decisions.from_arrow(self.scratch.read(name, p)) for p in range(n_parts)]
+            return {"goes": sum(int(b.goes.sum()) for b in batches)}
+        found = [self.exchange.read(i, bucket) for i in range(n_parts)]
+        part_of = np.repeat(np.arange(len(found)), [len(rows) for rows in found])
+        unordered = Rows.concat(found)
+        del found
+        by_uid = np.argsort(unordered.uid)
+        sorted_uid = unordered.uid[by_uid]
+        rows, decisions = within(unordered, self.config, self._backend)
+        del unordered
+        part_of = part_of[by_uid][np.searchsorted(sorted_uid, rows.uid)]
+        kept = rows.take(~decisions.goes)
+        self.scratch.write(f"kept/{bucket:05d}", [kept.to_arrow()])
+        self.scratch.write(f"visitors/{bucket:05d}", self.exchange.by_bucket(kept.visitors()))
+        batches = []
+        for part in range(n_parts):
+            mine = np.flatnonzero(part_of == part)
+            batch = decisions.take(mine).to_arrow()
+            batches.append(batch.append_column("cluster", pa.array(rows.cluster[mine])))
+        self.scratch.write(name, batches)
+        return {"goes": int(decisions.goes.sum())}
+
+    def _across(self, bucket: int) -> dict[str, Any]:
+        name = f"pairs/{bucket:05d}"
+        if not self.scratch.has(name):
+            pairs = across(self._rows("kept", bucket), self._guests("visitors", bucket), self.config, self._backend)
+            self.scratch.write(name, [pairs.to_arrow()])
+        return {}
+
+    def _find_orphans(self, bucket: int) -> dict[str, Any]:
+        name = f"orphan_visitors/{bucket:05d}"
+        if self.scratch.has(name):
+            return {}
+        crossed = Decisions.from_arrow(self.scratch.read("crossed"))
+        found: list[Rows] = []
+        for part in range(self.exchange.n_parts):
+            decisions = Decisions.from_arrow(self.scratch.read(f"decisions/{bucket:05d}", part))
+            uid = decisions.uid[orphans_of(decisions, crossed)]
+            if len(uid) or not found:
+                rows = self.exchange.read(part, bucket)
+                found.append(rows.take(np.isin(rows.uid, uid)))
+        orphans = Rows.concat(found)
+        self.scratch.write(f"orphans/{bucket:05d}", [orphans.to_arrow()])
+        self.scratch.write(name, self.exchange.by_bucket(orphans.visitors()))
+        return {}
+
+    def _examine_orphans(self, bucket: int) -> dict[str, Any]:
+        name = f"orphan_pairs/{bucket:05d}"
+        if self.scratch.has(name):
+            return {}
+        crossed = Decisions.from_arrow(self.scratch.read("crossed"))
+        gone = crossed.uid[crossed.goes]
+        orphans, visiting = self._rows("orphans", bucket), self._guests("orphan_visitors", bucket)
+        clusters = np.union1d(orphans.cluster, visiting.cluster)
+        residents = Rows.concat([_still_in(self._rows("kept", bucket), clusters, gone), orphans])
+        guests = Rows.concat([_still_in(self._guests("visitors", bucket), clusters, gone), visiting])
+        pairs = [
+            across(orphans, Rows.concat([residents, guests]), self.config, self._backend),
+            across(visiting, residents, self.config, self._backend),
+        ]
+        self.scratch.write(name, [Pairs.concat(pairs, self.config.keep_order.n_keys).to_arrow()])
+        return {}
+
+    @property
+    def _backend(self) -> Backend:
+        return get_backend(self.exchange.device)
+
+    def _rows(self, folder: str, bucket: int) -> Rows:
+        return Rows.from_arrow(self.scratch.read(f"{folder}/{bucket:05d}"))
+
+    def _guests(self, folder: str, bucket: int) -> Rows:
+        """Return the rows of all buckets that visit a cluster of this one."""
+        files = (self.scratch.read(f"{folder}/{b:05d}", bucket) for b in range(self.exchange.n_buckets))
+        return Rows.concat([Rows.from_arrow(batch) for batch in files])
+
+    def _all_pairs(self, folder: str) -> Pairs:
+        files = (self.scratch.read(f"{folder}/{b:05d}") for b in range(self.exchange.n_buckets))
+        return Pairs.concat([Pairs.from_arrow(batch) for batch in files], self.config.keep_order.n_keys)
+
+
+def _still_in(rows: Rows, clusters: npt.NDArray[np.int32], gone: npt.NDArray[np.int64]) -> Rows:
+    """Return the rows of some clusters that have not gone."""
+    return rows.take(np.isin(rows.cluster, clusters) & ~np.isin(rows.uid, gone))

@@ -1,0 +1,283 @@
+"""Rows from parts to buckets: sample, cluster, assign.
+
+A *bucket* is a range of clusters whose rows fit into memory. Rows travel through Arrow files in a
+scratch folder, one record batch per bucket, so that a task reads what it needs and nothing else. Every
+file appears whole or not at all, and a task whose file is there does nothing: a run that was killed
+goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgcurate import schema
+from imgcurate.backend import array_from_list_column, get_backend
+from imgcurate.catalog import Catalog, read_batch, write_batches
+from imgcurate.dedup.config import DedupConfig
+from imgcurate.dedup.kmeans import fit_centroids
+from imgcurate.dedup.passes import REFERENCE_BIT, Rows
+from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
+from imgcurate.errors import ConfigError
+from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
+
+__all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner"]
+
+_MIN_BUCKET_BYTES: Final = 128 * 1024**2
+_MAX_BUCKET_BYTES: Final = 1024**3
+_BUCKETS: Final = 256
+REFERENCE_SHIFT: Final = 56
+"""Below this bit lies a row's uid in its own reference set, above it the set's number."""
+
+TaskRunner = Callable[[str, Callable[[int], dict[str, Any]], Sequence[int]], dict[int, dict[str, Any]]]
+"""Runs ``function(number)`` for each number on the cluster; the first argument names the step."""
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A folder of Arrow and JSON files, by name.
+
+    Attributes
+    ----------
+    folder : str
+        Its URL.
+    options : mapping, optional
+        Passed to fsspec.
+    """
+
+    folder: str
+    options: StorageOptions | None = None
+
+    def make(self, *names: str) -> None:
+        """Make folders in it."""
+        for name in names:
+            make_folder(join_url(self.folder, name), self.options)
+
+    def has(self, name: str) -> bool:
+        """Return whether an Arrow file is there."""
+        return exists(self._url(name), self.options)
+
+    def write(self, name: str, batches: list[pa.RecordBatch]) -> None:
+        """Write an Arrow file."""
+        write_batches(self._url(name), batches, self.options)
+
+    def read(self, name: str, batch: int = 0) -> pa.RecordBatch:
+        """Read one record batch of an Arrow file."""
+        return read_batch(self._url(name), batch, self.options)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file."""
+        with atomic_write(join_url(self.folder, f"{name}.json"), self.options) as out:
+            out.write(json.dumps(content, indent=1).encode())
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file."""
+        return json.loads(read_bytes(join_url(self.folder, f"{name}.json"), self.options))
+
+    def _url(self, name: str) -> str:
+        return join_url(self.folder, f"{name}.arrow")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The rows of a catalog, and of reference sets, by bucket; picklable, so that tasks carry it.
+
+    Files in the scratch folder: ``sample/<part>`` (rows for k-means), ``centroids``, ``rows.json``,
+    ``plan.json`` and ``exchange/<part>`` (unit rows with cluster and preference, a batch per bucket).
+    Parts of the reference sets are numbered on after those of the catalog.
+
+    Attributes
+    ----------
+    catalog : Catalog
+        Its parts have ``uid shard key status embedding`` and the columns of ``keep_by``.
+    references : tuple of Catalog
+        Sets whose rows stay in any case; ``uid shard key status embedding``.
+    config : DedupConfig
+        The parameters.
+    scratch : Scratch
+        A folder that all workers can write to.
+    device : {"auto", "cpu", "gpu"}
+        Where the workers compute.
+    bucket_bytes : int, optional
+        Bytes of embeddings in a bucket; a single cluster may be larger. By default a 256th of all,
+        but at least 128 MiB and at most 1 GiB. A task needs about four times as much.
+    """
+
+    catalog: Catalog
+    references: tuple[Catalog, ...]
+    config: DedupConfig
+    scratch: Scratch
+    device: str = "auto"
+    bucket_bytes: int | None = None
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts, with those of the reference sets."""
+        return sum(c.n_parts for c in (self.catalog, *self.references))
+
+    def prepare(self, run_tasks: TaskRunner) -> None:
+        """Bring all rows to their buckets."""
+        self.scratch.make("sample", "exchange")
+        counts = run_tasks("count", self._count, range(self.n_parts))
+        n_rows = sum(c["rows"] for c in counts.values())
+        own = sum(counts[n]["rows"] for n in range(self.catalog.n_parts))
+        self.scratch.write_json("rows", {"rows": n_rows, "own": own})
+        if not n_rows:
+            self.scratch.write_json("plan", {"starts": []})
+            return
+        run_tasks("sample", self._sample, range(self.n_parts))
+        run_tasks("cluster", self._fit, [0])
+        run_tasks("assign", self._assign, range(self.n_parts))
+
+    @property
+    def n_buckets(self) -> int:
+        """Number of buckets; 0 if there is nothing to compare."""
+        return len(self._starts())
+
+    def read(self, part: int, bucket: int) -> Rows:
+        """Return the rows of a part in a bucket."""
+        return Rows.from_arrow(self.scratch.read(f"exchange/{part:05d}", bucket))
+
+    def by_bucket(self, rows: Rows) -> list[pa.RecordBatch]:
+        """Return the rows of each bucket as a record batch."""
+        starts = np.array(self._starts())
+        bucket = np.searchsorted(starts, rows.cluster, side="right") - 1
+        return [rows.take(bucket == b).to_arrow() for b in range(len(starts))]
+
+    def centroids(self) -> npt.NDArray[np.float32]:
+        """Return the centroids, (k, d) float32 with unit rows."""
+        return _matrix_of(self.scratch.read("centroids"))
+
+    def _source(self, part: int) -> tuple[Catalog, int, int]:
+        """Return (catalog, number of the part in it, what to set in its uids)."""
+        for i, catalog in enumerate((self.catalog, *self.references)):
+            if part < catalog.n_parts:
+                return catalog, part, REFERENCE_BIT | (i - 1) << REFERENCE_SHIFT if i else 0
+            part -= catalog.n_parts
+        raise IndexError(part)
+
+    def _taking_part(self, part: int, columns: Sequence[str]) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+        """Return the rows that are ok and have an embedding, and their uids."""
+        catalog, number, bits = self._source(part)
+        table = catalog.read(number, list(dict.fromkeys([schema.UID, schema.STATUS, schema.EMBEDDING, *columns])))
+        table = table.filter(
+            pc.and_(pc.equal(table[schema.STATUS], schema.STATUS_OK), pc.is_valid(table[schema.EMBEDDING]))
+        )
+        return table, table[schema.UID].to_numpy() | bits
+
+    def _count(self, part: int) -> dict[str, Any]:
+        catalog, number, _ = self._source(part)
+        status = catalog.read(number, [schema.STATUS])[schema.STATUS]
+        return {"rows": pc.sum(pc.equal(status, schema.STATUS_OK)).as_py() or 0}
+
+    def _sample(self, part: int) -> dict[str, Any]:
+        name = f"sample/{part:05d}"
+        if not self.scratch.has(name):
+            n_rows = self.n_rows
+            table, uid = self._taking_part(part, [])
+            drawn = sample_mask(uid, n_rows, self.config.fit_rows(n_rows), self.config.random_state)
+            x, valid = unit_rows(_matrix(table.filter(pa.array(drawn))))
+            self.scratch.write(name, [_batch(uid[drawn][valid], x[valid])])
+        return {}
+
+    def _fit(self, number: int) -> dict[str, Any]:
+        del number
+        if self.scratch.has("centroids"):
+            return {}
+        batches = [b for b in (self.scratch.read(f"sample/{i:05d}") for i in range(self.n_parts)) if len(b)]
+        dims = sorted({b.schema.field("x").type.list_size for b in batches})
+        if len(dims) > 1:
+            raise ConfigError(f"embeddings of {' and '.join(map(str, dims))} values cannot be compared")
+        n_rows = self.n_rows
+        if not batches:
+            self.scratch.write_json("plan", {"starts": []})
+            self.scratch.write("centroids", [_batch(np.empty(0, np.int64), np.empty((0, 1), np.float32))])
+            return {}
+        uid = np.concatenate([b["uid"].to_numpy() for b in batches])
+        x = np.concatenate([_matrix_of(b) for b in batches])
+        sample = sample_order(uid, self.config.fit_rows(n_rows), self.config.random_state)
+        sample = sample[np.argsort(uid[sample])]
+        n_clusters = min(self.config.clusters_for(n_rows), len(sample))
+        centroids = fit_centroids(x[sample], n_clusters, self.config, get_backend(self.device))
+        self.scratch.write_json("plan", {"starts": self._bucket_starts(n_rows, *centroids.shape)})
+        self.scratch.write("centroids", [_batch(np.arange(len(centroids)), centroids)])
+        return {}
+
+    def _bucket_starts(self, n_rows: int, n_clusters: int, dim: int) -> list[int]:
+        """Return the first cluster of each bucket."""
+        nbytes = n_rows * dim * 4
+        size = self.bucket_bytes or min(max(nbytes // _BUCKETS, _MIN_BUCKET_BYTES), _MAX_BUCKET_BYTES)
+        n_buckets = max(1, min(n_clusters, -(-nbytes // size)))
+        return [n_clusters * b // n_buckets for b in range(n_buckets)]
+
+    def _assign(self, part: int) -> dict[str, Any]:
+        name = f"exchange/{part:05d}"
+        if self.scratch.has(name) or not self.n_buckets:
+            return {}
+        columns = self.config.keep_order.columns
+        is_reference = part >= self.catalog.n_parts
+        table, uid = self._taking_part(part, [schema.SHARD, schema.KEY, *(() if is_reference else columns)])
+        centroids = self.centroids()
+        x, valid = unit_rows(_matrix(table, centroids.shape[1]))
+        table, x, uid = table.filter(pa.array(valid)), x[valid], uid[valid]
+        # What stays in any case needs no preference.
+        values = {c: np.zeros(len(uid)) if is_reference else _numbers(table, c) for c in columns}
+        names = _names(table)
+        rows = make_rows(x, uid, names, values, centroids, self.config, get_backend(self.device))
+        self.scratch.write(name, self.by_bucket(rows))
+        return {}
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows that are ok, those of the reference sets included."""
+        return int(self.scratch.read_json("rows")["rows"])
+
+    @property
+    def n_own_rows(self) -> int:
+        """Number of rows of the catalog that are ok."""
+        return int(self.scratch.read_json("rows")["own"])
+
+    def _starts(self) -> list[int]:
+        starts: list[int] = self.scratch.read_json("plan")["starts"]
+        return starts
+
+
+def _names(table: pa.Table) -> npt.NDArray[Any]:
+    """Return how samples are named in words: ``<shard stem>/<key>``."""
+    shards, keys = table[schema.SHARD].to_pylist(), table[schema.KEY].to_pylist()
+    stems = {s: s.rsplit("/", 1)[-1].split(".", 1)[0] for s in set(shards)}
+    names = np.empty(len(keys), dtype=object)
+    names[:] = [f"{stems[s]}/{k}" for s, k in zip(shards, keys, strict=True)]
+    return names
+
+
+def _matrix(table: pa.Table, dim: int = 1) -> npt.NDArray[np.float32]:
+    if not len(table):
+        return np.empty((0, dim), np.float32)
+    matrix: npt.NDArray[np.float32] = array_from_list_column(table[schema.EMBEDDING])
+    return matrix
+
+
+def _numbers(table: pa.Table, column: str) -> npt.NDArray[np.float64]:
+    try:
+        values: npt.NDArray[np.float64] = table[column].cast(pa.float64()).to_numpy()
+    except pa.ArrowException as exc:
+        raise ConfigError(f"keep_by: the column {column!r} does not hold numbers, but {table[column].type}") from exc
+    return values
+
+
+def _batch(uid: npt.NDArray[np.int64], x: npt.NDArray[np.float32]) -> pa.RecordBatch:
+    flat = pa.array(np.ascontiguousarray(x).reshape(-1))
+    values = pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
+    return pa.record_batch([pa.array(uid), values], names=["uid", "x"])
+
+
+def _matrix_of(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
+    return np.asarray(batch["x"].flatten()).reshape(len(batch), -1)
