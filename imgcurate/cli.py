@@ -113,6 +113,14 @@ def curate(
     dedup: Annotated[bool, typer.Option("--dedup/--no-dedup", help="Remove semantic duplicates.")] = True,
     eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
     n_clusters: Annotated[int | None, typer.Option(min=1, help="Clusters for dedup; chosen if not given.")] = None,
+    which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of a group.")] = "hard",
+    keep_by: Annotated[
+        list[str] | None,
+        typer.Option(help="Columns that decide first who stays, such as --keep-by=-width*height; repeatable."),
+    ] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="Finished run whose kept samples stay kept; repeatable.")
+    ] = None,
     images_per_tar: Annotated[int, typer.Option(min=1, help="Samples per output shard.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     files_per_partition: Annotated[int, typer.Option(min=1, help="Shards per partition.")] = 1,
@@ -136,7 +144,12 @@ def curate(
     if max_nsfw is not None:
         stages.append(ImageNSFWFilterStage(max_nsfw, model_dir))
     if dedup:
-        stages.append(SemanticDedupStage(eps=eps, n_clusters=n_clusters if n_clusters is not None else "auto"))
+        stages.append(
+            SemanticDedupStage(
+                eps=eps, n_clusters=n_clusters if n_clusters is not None else "auto", which_to_keep=which_to_keep,
+                keep_by=keep_by or (), reference=reference or (),
+            )
+        )  # fmt: skip
     pipeline = _pipeline(inputs, stages, images_per_tar, files_per_partition, batch_size)
     result = _run(pipeline, output, device, workers, scheduler, overwrite, quiet)
     typer.echo(result.accounting())
