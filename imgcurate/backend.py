@@ -43,6 +43,7 @@ __all__ = [
 
 Device = Literal["auto", "cpu", "gpu"]
 DEVICES: Final = ("auto", "cpu", "gpu")
+_INIT_ROWS_PER_CLUSTER: Final = 8
 _GPU_LIBRARIES: Final = ("cudf", "cupy", "cuml")
 
 
@@ -139,7 +140,7 @@ class Backend:
         Parameters
         ----------
         x : ndarray of shape (n_samples, d)
-            float32 rows on the host.
+            float32 rows on the host, in random order.
         n_clusters : int
             Number of centroids, at most ``n_samples``.
         init : str or ndarray of shape (n_clusters, d)
@@ -156,6 +157,8 @@ class Backend:
         -----
         On the CPU it runs on one thread: scikit-learn sums the threads' partial centroids in the
         order in which they end, so more threads would make the result differ from run to run.
+        There k-means++ picks the starting centroids from the first 8 rows per cluster, for on all rows
+        it would take longer than what follows.
         """
         fixed = not isinstance(init, str)
         if self.is_gpu:
@@ -173,10 +176,14 @@ class Backend:
             )
             model.fit(self.asarray(x))
             return self.to_host(model.cluster_centers_).astype(np.float32)
-        from sklearn.cluster import KMeans
+        from sklearn.cluster import KMeans, kmeans_plusplus
         from threadpoolctl import threadpool_limits
 
         with threadpool_limits(limits=1):
+            first = x[: _INIT_ROWS_PER_CLUSTER * n_clusters]
+            if not fixed and init == "k-means++" and n_init == 1 and len(first) < len(x):
+                init, _ = kmeans_plusplus(first, n_clusters, random_state=random_state)
+                fixed = True
             model = KMeans(
                 n_clusters=n_clusters,
                 init=init,

@@ -114,15 +114,16 @@ def test_fit_centroids_is_repeatable_and_finds_groups(backend: Backend) -> None:
 
 def test_clusters_that_come_out_far_too_large_are_split(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     # k-means spends its centroids on the scattered rows and leaves the dense group whole.
-    x = np.concatenate([groups(1, 2000, spread=0.02), groups(200, 1, seed=2)])
+    x = np.concatenate([groups(1, 2000, spread=0.002), groups(1000, 1, seed=2)])
+    x = x[np.random.default_rng(0).permutation(len(x))]
 
     def largest() -> int:
-        labels, _ = assign(x, fit_centroids(x, 20, DedupConfig(), backend), 1, backend)
+        labels, _ = assign(x, fit_centroids(x, 30, DedupConfig(), backend), 1, backend)
         return int(np.bincount(labels[:, 0]).max())
 
-    assert largest() < 4 * len(x) / 20
+    assert largest() < 4 * len(x) / 30
     monkeypatch.setattr(kmeans_module, "_SPLIT_OVER", np.inf)
-    assert largest() > 6 * len(x) / 20
+    assert largest() > 6 * len(x) / 30
 
 
 def test_equal_rows_make_one_cluster_and_one_stays(backend: Backend) -> None:
@@ -267,6 +268,7 @@ def test_length_and_type_of_rows_do_not_matter() -> None:
         ({"fit_data_fraction": 0}, r"fit_data_fraction=0 should be in \(0, 1\]"),
         ({"init": "best"}, "init='best' is none of"),
         ({"random_state": -1}, "random_state=-1"),
+        ({"uid": np.zeros(2)}, "uid should hold 2 different values"),
     ],
 )
 def test_wrong_parameters_are_refused(parameters: dict, message: str) -> None:

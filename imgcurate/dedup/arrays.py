@@ -49,6 +49,7 @@ class DedupResult:
 def dedup_arrays(
     embeddings: npt.NDArray[Any],
     *,
+    uid: npt.NDArray[np.int64] | None = None,
     columns: Mapping[str, npt.NDArray[Any]] | None = None,
     device: str = "auto",
     config: DedupConfig | None = None,
@@ -60,8 +61,11 @@ def dedup_arrays(
     ----------
     embeddings : ndarray of shape (n, d)
         Rows of any length other than zero.
+    uid : ndarray of int64 of shape (n,), optional
+        Identity of the rows, each once, which decides ties and which rows k-means is fitted on; by
+        default their position.
     columns : mapping of str to ndarray of shape (n,), optional
-        Numeric values for ``keep_by``; positions are ``uid``.
+        Numeric values for ``keep_by``.
     device : {"auto", "cpu", "gpu"}
         Where.
     config : DedupConfig, optional
@@ -81,26 +85,36 @@ def dedup_arrays(
     if embeddings.ndim != 2:
         raise ConfigError(f"embeddings have {embeddings.ndim} dimensions, and should have 2: (n, d)")
     n = len(embeddings)
-    given = {"uid": np.arange(n), **(columns or {})}
+    uid = np.arange(n) if uid is None else np.asarray(uid, dtype=np.int64)
+    if len(np.unique(uid)) != n:
+        raise ConfigError(f"uid should hold {n} different values, one for each row")
+    given = {"uid": uid, **(columns or {})}
     missing = [c for c in config.keep_order.columns if c not in given]
     if missing:
         raise ConfigError(f"keep_by needs the column {missing[0]!r}; given are {', '.join(given)}")
     backend = get_backend(device)
     x, valid = unit_rows(embeddings)
-    uid = np.flatnonzero(valid)
-    x = x[uid]
+    index = np.flatnonzero(valid)
+    x = x[index]
     duplicate_of, cluster = np.full(n, -1, np.int64), np.full(n, -1, np.int32)
     similarity = np.full(n, np.nan, np.float32)
-    if not len(uid):
+    if not len(index):
         return DedupResult(duplicate_of, similarity, cluster, np.empty((0, embeddings.shape[1]), np.float32))
-    sample = np.sort(sample_order(uid, config.fit_rows(n), config.random_state))
+    sample = sample_order(uid[index], config.fit_rows(n), config.random_state)
     centroids = fit_centroids(x[sample], config.clusters_for(n), config, backend)
-    keep_columns = {c: np.asarray(given[c])[uid] for c in config.keep_order.columns}
-    rows = make_rows(x, uid, np.full(len(uid), "", object), keep_columns, centroids, config, backend)
+    keep_columns = {c: np.asarray(given[c])[index] for c in config.keep_order.columns}
+    names = np.full(len(index), "", object)
+    rows = make_rows(x, uid[index], names, keep_columns, centroids, config, backend)
     decisions = _decide(rows, config, backend)
-    duplicate_of[decisions.uid] = decisions.keeper
-    similarity[decisions.uid] = decisions.similarity
-    cluster[rows.uid] = rows.cluster
+    order = np.argsort(uid)
+
+    def positions(wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return order[np.searchsorted(uid, wanted, sorter=order)]
+
+    at = positions(decisions.uid)
+    duplicate_of[at[decisions.goes]] = positions(decisions.keeper[decisions.goes])
+    similarity[at] = decisions.similarity
+    cluster[index] = rows.cluster
     return DedupResult(duplicate_of, similarity, cluster, centroids)
 
 

@@ -203,7 +203,6 @@ class Exchange:
         uid = np.concatenate([b["uid"].to_numpy() for b in batches])
         x = np.concatenate([_matrix_of(b) for b in batches])
         sample = sample_order(uid, self.config.fit_rows(n_rows), self.config.random_state)
-        sample = sample[np.argsort(uid[sample])]
         n_clusters = min(self.config.clusters_for(n_rows), len(sample))
         centroids = fit_centroids(x[sample], n_clusters, self.config, get_backend(self.device))
         self.scratch.write_json("plan", {"starts": self._bucket_starts(n_rows, *centroids.shape)})

@@ -30,7 +30,7 @@ def fit_centroids(x: Floats, n_clusters: int, config: DedupConfig, backend: Back
     Parameters
     ----------
     x : ndarray of float32 of shape (n, d)
-        Unit rows, in an order that does not depend on partitions.
+        Unit rows, in a random order that does not depend on partitions.
     n_clusters : int
         Clusters to fit; fewer come out if fewer rows are distinct.
     config : DedupConfig
