@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -27,16 +27,17 @@ import pyarrow as pa
 
 from imgcurate import schema
 from imgcurate.storage import Source, is_local, open_source, read_ranges
-from imgcurate.tar import Damage, Member, Problem, TarScan, scan_tar, shown_name
+from imgcurate.tar import Damage, Members, Problem, scan_tar, shown_name
 
 __all__ = ["IMAGE_EXTENSIONS", "ShardIndex", "index_shard", "split_key"]
 
 IMAGE_EXTENSIONS: Final = frozenset(
     "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm jp2 j2k avif heic heif".split()
 )
-_META_NAME: Final = re.compile(r"__[^/]*__($|/)")
+_META_NAME: Final = re.compile(rb"__[^/]*__($|/)")
 _REMOTE_WINDOW_BYTES: Final = 4 * 1024 * 1024
-_LOCAL_WINDOW_BYTES: Final = 2048
+# A caption, a JSON file and the header of the next image fit in.
+_LOCAL_WINDOW_BYTES: Final = 3072
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
 _MEMBERS_SHOWN: Final = 8
 
@@ -61,10 +62,28 @@ class ShardIndex:
 
 
 @dataclass(slots=True)
-class _Sample:
-    key: str
-    members: list[tuple[str, Member]] = field(default_factory=list)
-    error: str = ""
+class _Samples:
+    """The samples of a shard, in order, and their members, sample by sample.
+
+    Attributes
+    ----------
+    keys : pa.Array of binary values
+        The keys of the samples, as stored.
+    exts : list of str
+        The distinct extensions, lower case.
+    member, sample, ext : ndarray of shape (m,), int64
+        Of each member its position in the archive, its sample, and its place in `exts`.
+    damaged, reason : int, str
+        The sample that is damaged, -1 if none is, and by what.
+    """
+
+    keys: pa.Array
+    exts: list[str]
+    member: np.ndarray
+    sample: np.ndarray
+    ext: np.ndarray
+    damaged: int = -1
+    reason: str = ""
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -108,16 +127,17 @@ def index_shard(
 
     Notes
     -----
-    Of a local file only the headers are read; a remote one is read in large blocks.
+    Computes at once. Of a local file only the headers are read; a remote one is read in large blocks.
+    Time and memory grow with the members, not with their bytes.
     """
     source = open_source(url, storage_options)
     try:
         scan = scan_tar(source, window_bytes=_LOCAL_WINDOW_BYTES if is_local(url) else _REMOTE_WINDOW_BYTES)
         problems = scan.problems
-        samples = _group(scan, problems)
+        samples = _group(scan.members, problems)
         _mark_damage(samples, scan.damage, problems)
-        columns = _columns(samples, url, shard_number)
-        columns |= {ext: _texts(source, samples, ext, problems) for ext in texts}
+        columns = _columns(samples, scan.members, url, shard_number)
+        columns |= {ext: _texts(source, samples, scan.members, ext, problems) for ext in texts}
     finally:
         source.close()
     names = schema.arrow_schema(columns, dict.fromkeys(texts, pa.string()))
@@ -125,118 +145,188 @@ def index_shard(
     return ShardIndex(pa.table(columns, schema=names), problems, source.size)
 
 
-def _group(scan: TarScan, problems: list[Problem]) -> list[_Sample]:
-    samples: list[_Sample] = []
-    latest: dict[str, int] = {}
-    for member in scan.members:
-        name = member.name
-        key, ext = split_key(name)
-        at = latest.get(key, -1) if ext else -1
-        if at >= 0:
-            sample = samples[at]
-            if all(ext != e for e, _ in sample.members):
-                if at != len(samples) - 1:
-                    detail = f"{shown_name(name)!r} lies apart from the other members of its sample"
-                    problems.append(Problem(member.header_offset, "scattered members", detail))
-                sample.members.append((ext, member))
-                continue
-            detail = f"{shown_name(name)!r} is there already: a new sample begins"
-            problems.append(Problem(member.header_offset, "duplicate key", detail))
-        elif (problem := _left_out(name, key, ext)) is not None:
-            problems.append(Problem(member.header_offset, problem, f"{shown_name(name)!r} belongs to no sample"))
-            continue
-        latest[key] = len(samples)
-        samples.append(_Sample(key, [(ext, member)]))
-    return samples
+def _group(members: Members, problems: list[Problem]) -> _Samples:
+    kept, keys, exts = _split(members, problems)
+    encoded = exts.dictionary_encode()
+    lowered = [raw.decode("utf-8", "surrogateescape").lower() for raw in encoded.dictionary.to_pylist()]
+    distinct = {ext: i for i, ext in enumerate(dict.fromkeys(lowered))}
+    ext = np.array([distinct[e] for e in lowered], np.int64)[encoded.indices.to_numpy()]
+    encoded = keys.dictionary_encode()
+    key = encoded.indices.to_numpy()
+    begins = np.diff(key, prepend=-1) != 0
+    first, sample = np.flatnonzero(begins), np.cumsum(begins) - 1
+    pairs = np.sort(key * len(distinct) + ext, kind="stable")
+    if len(first) > len(encoded.dictionary) or (pairs[1:] == pairs[:-1]).any():
+        first, sample = _group_one_by_one(key.tolist(), ext.tolist(), members, kept, problems)
+    order = np.argsort(sample, kind="stable")
+    return _Samples(keys.take(first), list(distinct), kept[order], sample[order], ext[order])
 
 
-def _left_out(name: str, key: str, ext: str) -> str | None:
+def _group_one_by_one(
+    keys: Sequence[int], exts: Sequence[int], members: Members, kept: np.ndarray, problems: list[Problem]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first member of each sample and each member's sample, where keys come back."""
+    names = members.names
+    latest: dict[int, int] = {}
+    taken: set[tuple[int, int]] = set()
+    firsts: list[int] = []
+    samples: list[int] = []
+    for i, (key, ext) in enumerate(zip(keys, exts, strict=True)):
+        at = latest.get(key, -1)
+        new = at < 0 or (at, ext) in taken
+        if at >= 0 and (new or at != len(firsts) - 1):
+            name, offset = names[kept[i]], int(members.header_offset[kept[i]])
+            kind, what = ("duplicate key", "is there already: a new sample begins") if new else (
+                "scattered members", "lies apart from the other members of its sample")  # fmt: skip
+            problems.append(Problem(offset, kind, f"{shown_name(name)!r} {what}"))
+        if new:
+            latest[key] = at = len(firsts)
+            firsts.append(i)
+        taken.add((at, ext))
+        samples.append(at)
+    return np.array(firsts, np.int64), np.array(samples, np.int64)
+
+
+def _split(members: Members, problems: list[Problem]) -> tuple[np.ndarray, pa.Array, pa.Array]:
+    """Return the members that belong to samples, their keys and their extensions; see :func:`split_key`."""
+    # The slashes and dots of all names at once: where they are in the one text that the names make up.
+    text = np.frombuffer(members.text + b"\0", np.uint8)
+    ends = np.flatnonzero(text[:-1] == 0)
+    starts = np.append(0, ends[:-1] + 1)[: len(ends)]
+    slashes = np.append(-1, np.flatnonzero(text == ord("/")))
+    dots = np.append(np.flatnonzero(text == ord(".")), len(text))
+    base = np.maximum(starts, slashes[np.searchsorted(slashes, ends) - 1] + 1)
+    dot = np.minimum(dots[np.searchsorted(dots, base)], ends)
+    ext = np.minimum(dot + 1, ends)
+    underscores = (text[starts] == ord("_")) & (text[starts + 1] == ord("_"))
+    kept = np.ones(len(members), bool)
+    for i in np.flatnonzero((dot == base) | (ext == ends) | underscores).tolist():
+        name = members.text[starts[i] : ends[i]]
+        if (kind := _left_out(name)) is not None:
+            problems.append(Problem(int(members.header_offset[i]), kind, f"{shown_name(name)!r} belongs to no sample"))
+            kept[i] = False
+    return np.flatnonzero(kept), _slices(text, starts[kept], dot[kept]), _slices(text, ext[kept], ends[kept])
+
+
+def _slices(text: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.Array:
+    """Return ``text[start:stop]`` for all, which rise and do not overlap, as binary values."""
+    borders = np.stack([starts, stops], axis=1).ravel()
+    inside = np.arange(len(borders) + 1) % 2 == 1
+    data = text[np.repeat(inside, np.diff(borders, prepend=0, append=len(text)))]
+    offsets = np.append(0, np.cumsum(stops - starts))
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(starts), buffers)
+
+
+def _left_out(name: bytes) -> str | None:
+    key, ext = split_key(name.decode("utf-8", "surrogateescape"))
     if not key or key.endswith("/"):
         return "hidden file"
-    if name.startswith("__") and _META_NAME.match(name):
+    if _META_NAME.match(name):
         return "metadata"
     return None if ext else "no extension"
 
 
-def _mark_damage(samples: list[_Sample], damage: Damage | None, problems: list[Problem]) -> None:
+def _mark_damage(samples: _Samples, damage: Damage | None, problems: list[Problem]) -> None:
     if damage is None:
         return
     problems.append(Problem(damage.offset, "damaged", damage.reason))
+    samples.reason = damage.reason
     key, ext = split_key(damage.name)
-    known = bool(ext) and _left_out(damage.name, key, ext) is None
-    latest = next((s for s in reversed(samples if known else []) if s.key == key), None)
-    if latest is not None and all(ext != e for e, _ in latest.members):
-        latest.error = damage.reason
+    raw = b"" if _left_out(damage.name.encode("utf-8", "surrogateescape")) else key.encode("utf-8", "surrogateescape")
+    same = [i for i, k in enumerate(samples.keys.to_pylist()) if k == raw]
+    if same and all(samples.exts[e] != ext for e in samples.ext[samples.sample == same[-1]]):
+        samples.damaged = same[-1]
         return
-    samples.append(_Sample(key if known else "", error=damage.reason))
+    samples.damaged = len(samples.keys)
+    samples.keys = pa.concat_arrays([samples.keys, pa.array([raw], pa.large_binary())])
 
 
-def _columns(samples: Sequence[_Sample], url: str, shard_number: int) -> dict[str, pa.Array]:
-    n = len(samples)
-    images = [_image(s) for s in samples]
-    status = [schema.STATUS_OK if image else schema.STATUS_NO_IMAGE for image in images]
-    reason = ["" if image else _no_image(s) for image, s in zip(images, samples, strict=True)]
-    for i, sample in enumerate(samples):
-        if sample.error:
-            status[i], reason[i] = schema.STATUS_TAR_ERROR, sample.error
+def _columns(samples: _Samples, members: Members, url: str, shard_number: int) -> dict[str, pa.Array]:
+    n = len(samples.keys)
+    image = _images(samples)
+    found = image >= 0
+    exts = pa.array([*map(_shown, samples.exts), ""], pa.string())
+    values = exts.take(samples.ext)
+    bounds = np.append(0, np.cumsum(np.bincount(samples.sample, minlength=n)))
+    offset, nbytes = np.full(n, -1), np.zeros(n, np.int64)
+    offset[found] = members.data_offset[samples.member[image[found]]]
+    nbytes[found] = members.size[samples.member[image[found]]]
+    ext = np.full(n, len(exts) - 1)
+    ext[found] = samples.ext[image[found]]
+    status, reason = np.where(found, 0, 1), np.full(n, "", object)
+    for i in np.flatnonzero(~found):
+        reason[i] = _no_image(values.slice(bounds[i], bounds[i + 1] - bounds[i]))
+    if samples.damaged >= 0:
+        status[samples.damaged], reason[samples.damaged] = 2, samples.reason
+    statuses = pa.array([schema.STATUS_OK, schema.STATUS_NO_IMAGE, schema.STATUS_TAR_ERROR], pa.string())
     return {
         schema.UID: pa.array(np.arange(n, dtype=np.int64) + schema.make_uid(shard_number, 0)),
-        schema.SHARD: pa.array([url] * n, pa.string()),
-        schema.KEY: pa.array([shown_name(s.key) for s in samples], pa.string()),
-        schema.EXT: pa.array([i[0] if i else "" for i in images], pa.string()),
-        schema.MEMBERS: pa.array([[shown_name(e) for e, _ in s.members] for s in samples], pa.list_(pa.string())),
-        schema.SPANS: pa.array([_spans(s.members) for s in samples], pa.list_(pa.int64())),
-        schema.OFFSET: pa.array([i[1].data_offset if i else -1 for i in images], pa.int64()),
-        schema.NBYTES: pa.array([i[1].size if i else 0 for i in images], pa.int64()),
+        schema.SHARD: pa.repeat(pa.scalar(url, pa.string()), n),
+        schema.KEY: _shown_keys(samples.keys),
+        schema.EXT: exts.take(ext),
+        schema.MEMBERS: pa.ListArray.from_arrays(bounds.astype(np.int32), values),
+        schema.SPANS: _spans(samples, members),
+        schema.OFFSET: pa.array(offset),
+        schema.NBYTES: pa.array(nbytes),
         schema.WIDTH: pa.array(np.zeros(n, np.int32)),
         schema.HEIGHT: pa.array(np.zeros(n, np.int32)),
-        schema.STATUS: pa.array(status, pa.string()),
+        schema.STATUS: statuses.take(pa.array(status)),
         schema.REASON: pa.array(reason, pa.string()),
     }
 
 
-def _image(sample: _Sample) -> tuple[str, Member] | None:
-    for entry in sample.members:
-        if entry[0] in IMAGE_EXTENSIONS:
-            return entry
-    for entry in sample.members:
-        if entry[0].rpartition(".")[2] in IMAGE_EXTENSIONS:
-            return entry
-    return None
+def _images(samples: _Samples) -> np.ndarray:
+    """Return each sample's image among the members of all samples, -1 where there is none."""
+    image = np.full(len(samples.keys), -1)
+    exact = np.array([e in IMAGE_EXTENSIONS for e in samples.exts], bool)
+    alike = np.array([e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in samples.exts], bool)
+    for wanted in (alike, exact):
+        candidates = np.flatnonzero(wanted[samples.ext])[::-1]
+        # Of several values for one place NumPy keeps the last: here the first member.
+        image[samples.sample[candidates]] = candidates
+    return image
 
 
-def _no_image(sample: _Sample) -> str:
-    shown = [shown_name(e) for e, _ in sample.members[:_MEMBERS_SHOWN]]
-    more = len(sample.members) - len(shown)
-    return f"no image among its members: {', '.join(shown)}{f' and {more} more' if more else ''}"
+def _no_image(exts: pa.Array) -> str:
+    more = len(exts) - _MEMBERS_SHOWN
+    shown = ", ".join(exts[:_MEMBERS_SHOWN].to_pylist())
+    return f"no image among its members: {shown}{f' and {more} more' if more > 0 else ''}"
 
 
-def _spans(members: Sequence[tuple[str, Member]]) -> list[int]:
-    """Return the byte spans (start, length, ...) of the members, neighbours joined."""
-    spans: list[int] = []
-    stop = -1
-    for _, member in members:
-        if member.header_offset == stop:
-            spans[-1] += member.end - stop
-        else:
-            spans += (member.header_offset, member.end - member.header_offset)
-        stop = member.end
-    return spans
+def _spans(samples: _Samples, members: Members) -> pa.Array:
+    """Return the byte spans (start, length, ...) of the samples, neighbours joined."""
+    start, stop = members.header_offset[samples.member], members.end[samples.member]
+    first = np.flatnonzero((np.diff(samples.sample, prepend=-1) != 0) | (start != np.roll(stop, 1)))
+    last = np.append(first, len(start))[1:] - 1
+    counts = np.bincount(samples.sample[first], minlength=len(samples.keys))
+    spans = np.stack([start[first], stop[last] - start[first]], axis=1).ravel()
+    return pa.ListArray.from_arrays(np.append(0, 2 * np.cumsum(counts)).astype(np.int32), pa.array(spans))
 
 
-def _texts(source: Source, samples: Sequence[_Sample], ext: str, problems: list[Problem]) -> pa.Array:
-    values: list[str | None] = [None] * len(samples)
+def _shown_keys(keys: pa.Array) -> pa.Array:
+    try:
+        return keys.cast(pa.large_string()).cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([shown_name(k) for k in keys.to_pylist()], pa.string())
+
+
+def _shown(text: str) -> str:
+    return shown_name(text.encode("utf-8", "surrogateescape"))
+
+
+def _texts(source: Source, samples: _Samples, members: Members, ext: str, problems: list[Problem]) -> pa.Array:
+    values: list[str | None] = [None] * len(samples.keys)
     rows, ranges = [], []
-    for i, sample in enumerate(samples):
-        for e, member in sample.members:
-            if e != ext:
-                continue
-            if member.size > _MAX_TEXT_BYTES:
-                detail = f"{shown_name(member.name)!r} has {member.size:,} bytes: no text column is made of it"
-                problems.append(Problem(member.header_offset, "text too long", detail))
-                continue
-            rows.append(i)
-            ranges.append((member.data_offset, member.size))
-    for i, data in zip(rows, read_ranges(source, ranges), strict=True):
-        values[i] = data.decode("utf-8", "replace")
+    wanted = samples.ext == (samples.exts.index(ext) if ext in samples.exts else -1)
+    for row, i in zip(samples.sample[wanted].tolist(), samples.member[wanted].tolist(), strict=True):
+        size = int(members.size[i])
+        if size > _MAX_TEXT_BYTES:
+            detail = f"{shown_name(members.names[i])!r} has {size:,} bytes: no text column is made of it"
+            problems.append(Problem(int(members.header_offset[i]), "text too long", detail))
+            continue
+        rows.append(row)
+        ranges.append((int(members.data_offset[i]), size))
+    for row, data in zip(rows, read_ranges(source, ranges), strict=True):
+        values[row] = data.decode("utf-8", "replace")
     return pa.array(values, pa.string())

@@ -1,4 +1,4 @@
-"""The tar format itself: header blocks -> members with their byte offsets. Reads headers, not data.
+"""Tar archives: header blocks -> members with their byte offsets. Reads headers, not data.
 
 Understood are ustar with its name prefix, GNU long names and base-256 numbers, PAX records that
 override path and size, archives without an end mark and archives put one after another. Links,
@@ -7,19 +7,42 @@ directories, devices and sparse files hold no bytes that could be copied as a fi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
-from zlib import adler32
+from typing import Final, NamedTuple, NoReturn
+
+import numpy as np
 
 from imgcurate.errors import TarError
 from imgcurate.storage import Source
+from imgcurate.tar_blocks import (
+    BLOCK,
+    checksum_is_right,
+    end_of_archive,
+    header_name,
+    header_size,
+    padding,
+    pax_records,
+    plain_names,
+    shown_name,
+    tar_header,
+)
 
-__all__ = ["BLOCK", "Damage", "Member", "Problem", "TarScan", "end_of_archive", "padding", "scan_tar", "tar_header"]
+__all__ = [
+    "BLOCK",
+    "Damage",
+    "Member",
+    "Members",
+    "Problem",
+    "TarScan",
+    "end_of_archive",
+    "padding",
+    "scan_tar",
+    "shown_name",
+    "tar_header",
+]
 
-BLOCK: Final = 512
-_RECORD: Final = 20 * BLOCK
-_ADLER_MODULUS: Final = 65521
-_CHECKSUM: Final = slice(148, 156)
 _MAX_EXTENSION_BYTES: Final = 1024 * 1024
 _ZERO_SCAN_BYTES: Final = 1024 * 1024
 _FILE_TYPES: Final = frozenset(b"\x000\x007")
@@ -64,6 +87,38 @@ class Member(NamedTuple):
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The regular files of an archive in order, column by column: see :class:`Member`.
+
+    Attributes
+    ----------
+    text : bytes
+        Their names, as stored, each with a zero byte after it.
+    header_offset, data_offset, size, end : ndarray of shape (n,), int64
+        Bytes.
+    """
+
+    text: bytes
+    header_offset: np.ndarray
+    data_offset: np.ndarray
+    size: np.ndarray
+    end: np.ndarray
+
+    @property
+    def names(self) -> list[bytes]:
+        """Their names, as stored; made anew at each call."""
+        return self.text.split(b"\0")[:-1]
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def __iter__(self) -> Iterator[Member]:
+        columns = (self.header_offset, self.data_offset, self.size, self.end)
+        names = (name.decode("utf-8", "surrogateescape") for name in self.names)
+        return map(Member, names, *(c.tolist() for c in columns))
+
+
 class Problem(NamedTuple):
     """Something in an archive that is not as it should be.
 
@@ -106,7 +161,7 @@ class TarScan:
 
     Attributes
     ----------
-    members : list of Member
+    members : Members
         The regular files, in order.
     problems : list of Problem
         What was left out, and oddities.
@@ -114,7 +169,7 @@ class TarScan:
         Where reading had to stop before the end of the file.
     """
 
-    members: list[Member] = field(default_factory=list)
+    members: Members
     problems: list[Problem] = field(default_factory=list)
     damage: Damage | None = None
 
@@ -142,160 +197,158 @@ def scan_tar(source: Source, *, window_bytes: int = 4 * BLOCK) -> TarScan:
     return _Scanner(source, max(window_bytes, BLOCK)).scan()
 
 
-def tar_header(name: str, size: int, template: bytes) -> bytes:
-    """Return the header blocks of a member under another name.
-
-    Parameters
-    ----------
-    name : str
-        The new path, of any length.
-    size : int
-        Bytes of the member.
-    template : bytes
-        The 512 bytes of a header whose owner, mode and time are taken over.
-
-    Returns
-    -------
-    bytes
-        A ustar header, with a PAX header before it where the name or the size needs one.
-    """
-    raw = name.encode("utf-8", "surrogateescape")
-    size_field = b"%011o\0" % size if size < 8**11 else b"0" * 11 + b"\0"
-    records = b""
-    if len(raw) > 100:
-        records += _pax_record(b"path", raw)
-    if size >= 8**11:
-        records += _pax_record(b"size", b"%d" % size)
-    fields = template[100:124] + size_field + template[136:148]
-    header = _sealed(raw[:100].ljust(100, b"\0") + fields, b"0", template[265:345])
-    if not records:
-        return header
-    extension = _sealed(b"././@PaxHeader".ljust(100, b"\0") + template[100:124]
-                        + b"%011o\0" % len(records) + template[136:148], b"x", template[265:345])  # fmt: skip
-    return extension + records + padding(len(records)) + header
-
-
-def end_of_archive(position: int) -> bytes:
-    """Return the end mark for an archive of `position` bytes: zeros up to a record of 10,240 bytes."""
-    total = -(-(position + 2 * BLOCK) // _RECORD) * _RECORD
-    return b"\0" * (total - position)
-
-
-def padding(size: int) -> bytes:
-    """Return the zeros that fill `size` bytes up to whole blocks."""
-    return b"\0" * (-size % BLOCK)
-
-
-def _pax_record(key: bytes, value: bytes) -> bytes:
-    body = b" " + key + b"=" + value + b"\n"
-    length = len(body) + 1
-    while length != len(b"%d" % length) + len(body):
-        length = len(b"%d" % length) + len(body)
-    return b"%d" % length + body
-
-
-def _sealed(first_148: bytes, type_: bytes, owner_names: bytes) -> bytes:
-    tail = b"\0" * 100 + b"ustar\x0000" + owner_names
-    block = (first_148 + b" " * 8 + type_ + tail).ljust(BLOCK, b"\0")
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
 class _Scanner:
-    """One pass over the headers of an archive."""
+    """One pass over the headers of an archive.
 
-    def __init__(self, source: Source, window_bytes: int) -> None:
+    Runs of plain headers, `least` to `most` at once, are taken in by :meth:`_plain_run`, other headers
+    and those beside them by :meth:`_step`, one by one. Both give the same result.
+    """
+
+    def __init__(self, source: Source, window_bytes: int, *, least: int = 16, most: int = 1024) -> None:
         self._source, self._size, self._window = source, source.size, window_bytes
-        self._result = TarScan()
+        self._least, self._most = least, most
+        self._buffer, self._base = b"", 0
+        self._problems: list[Problem] = []
+        self._damage: Damage | None = None
+        self._names: list[bytes] = []
+        self._offsets: list[np.ndarray] = [np.empty((4, 0), np.int64)]
+        self._single: list[tuple[int, int, int, int]] = []
+        self._header_offset, self._ended = -1, False
         self._pax: dict[bytes, bytes] = {}
         self._long_name: bytes | None = None
 
     def scan(self) -> TarScan:
-        result = self._result
-        if self._size == 0:
-            result.damage = Damage(0, "empty file (0 bytes)", "")
-            return result
         try:
             self._read_members()
         except TarError as exc:
-            result.damage = Damage(exc.offset, str(exc), "")
-        return result
+            self._damage = Damage(exc.offset, str(exc), "")
+        self._join()
+        members = Members(b"".join(self._names), *np.concatenate(self._offsets, axis=1))
+        return TarScan(members, self._problems, self._damage)
 
     def _read_members(self) -> None:
-        size_of_file, window, pread = self._size, self._window, self._source.pread
-        members = self._result.members
-        position, header_offset = 0, -1
-        buffer, base = b"", 0
-        ended = False
-        while position < size_of_file:
-            start = position - base
-            if start + BLOCK > len(buffer):
-                buffer, base, start = pread(position, window), position, 0
-            block = buffer[start : start + BLOCK]
-            if block and not block[0] and not any(block):
-                if header_offset >= 0:
-                    break
-                position, ended = self._skip_zeros(position), True
-                continue
-            name, size, kind = self._parse(block, position, after_end=ended)
-            if header_offset < 0:
-                header_offset = position
-                if ended:
-                    self._problem(position, "concatenated", "another archive begins after the end mark")
-                    ended = False
-            alone = header_offset == position
-            position += BLOCK
-            if kind in _EXTENSIONS:
-                position = self._extension(kind, size, position)
-                if kind == _PAX_GLOBAL and alone:
-                    header_offset = -1
-                continue
-            if self._pax or self._long_name is not None:
-                name, size = self._overridden(name, size, position)
-            if kind in _FILE_TYPES and not name.endswith("/") and self._pax.keys().isdisjoint(_SPARSE_RECORDS):
-                end = position + size
-                if end > size_of_file:
-                    self._truncated(header_offset, name, size, position)
-                    return
-                end += -size % BLOCK
-                members.append(Member(name, header_offset, position, size, min(size_of_file, end)))
-                position = end
-            else:
-                position = self._skip(kind, name, size, header_offset, block, position)
-            self._pax = {}
-            self._long_name = None
-            header_offset = -1
-        if header_offset >= 0:
-            raise TarError("truncated tar: an extension header without its member", header_offset)
-        if not ended:
+        if self._size == 0:
+            self._damage = Damage(0, "empty file (0 bytes)", "")
+        position, odd_until = 0, 0
+        while position < self._size:
+            if position >= odd_until and self._header_offset < 0 and not self._ended:
+                position, odd_until = self._plain_run(position)
+            if position < self._size:
+                position = self._step(position)
+        if self._damage is None and self._header_offset >= 0:
+            self._no_member()
+        if self._damage is None and not self._ended:
             self._problem(self._size, "no end mark", "the archive ends without two blocks of zeros")
 
+    def _block(self, position: int) -> bytes:
+        start = position - self._base
+        if start < 0 or start + BLOCK > len(self._buffer):
+            self._buffer, self._base, start = self._source.pread(position, self._window), position, 0
+        return self._buffer[start : start + BLOCK]
+
+    def _plain_run(self, position: int) -> tuple[int, int]:
+        """Take in plain members at once; return where to go on, and up to where one by one."""
+        self._block(position)
+        buffer, base, start = self._buffer, self._base, position - self._base
+        last_start = len(buffer) - BLOCK
+        blocks: list[bytes] = []
+        sizes: list[int] = []
+        # Local names: nearly all of the time of an index goes by in this loop.
+        pread, window, regular = self._source.pread, self._window, ord("0")
+        header, round_up, whole_blocks = BLOCK, 2 * BLOCK - 1, -BLOCK
+        with contextlib.suppress(ValueError):
+            for _ in range(self._most):
+                if start > last_start:
+                    base, start = base + start, 0
+                    buffer = pread(base, window)
+                    last_start = len(buffer) - header
+                    if last_start < 0:
+                        break
+                block = buffer[start : start + header]
+                size = int(block[124:135], 8)
+                if block[156] != regular or size < 0:
+                    break
+                blocks.append(block)
+                sizes.append(size)
+                start += size + round_up & whole_blocks
+        stop = base + start
+        while stop > self._size:
+            blocks.pop()
+            stop -= sizes.pop() + round_up & whole_blocks
+        names = plain_names(blocks) if len(blocks) >= self._least else None
+        if names is None:
+            return position, stop
+        self._buffer, self._base = buffer, base
+        self._join()
+        self._names.append(names)
+        size_of = np.array(sizes)
+        end_of = position + np.cumsum(size_of + round_up & whole_blocks)
+        start_of = np.append(position, end_of[:-1])
+        self._offsets.append(np.stack([start_of, start_of + BLOCK, size_of, end_of]))
+        return stop, stop
+
+    def _join(self) -> None:
+        """Add what was taken in one by one to the offsets."""
+        if self._single:
+            self._offsets.append(np.array(self._single, np.int64).T)
+            self._single = []
+
+    def _step(self, position: int) -> int:
+        """Take in one header, and return where the next one starts."""
+        block = self._block(position)
+        if block and not block[0] and not any(block):
+            if self._header_offset >= 0:
+                self._no_member()
+            self._ended = True
+            return self._skip_zeros(position)
+        name, size, kind = self._parse(block, position)
+        if self._header_offset < 0:
+            self._header_offset = position
+            if self._ended:
+                self._problem(position, "concatenated", "another archive begins after the end mark")
+                self._ended = False
+        alone = self._header_offset == position
+        position += BLOCK
+        if kind in _EXTENSIONS:
+            if kind == _PAX_GLOBAL and alone:
+                self._header_offset = -1
+            return self._extension(kind, size, position)
+        if self._pax or self._long_name is not None:
+            name, size = self._overridden(name, size, position)
+        if kind in _FILE_TYPES and not name.endswith(b"/") and self._pax.keys().isdisjoint(_SPARSE_RECORDS):
+            if position + size > self._size:
+                return self._truncated(name, size, position)
+            end = position + size + -size % BLOCK
+            self._names.append(name + b"\0")
+            self._single.append((self._header_offset, position, size, min(self._size, end)))
+        else:
+            end = self._skip(kind, name, size, block, position)
+        self._pax, self._long_name, self._header_offset = {}, None, -1
+        return end
+
     def _problem(self, offset: int, kind: str, detail: str) -> None:
-        self._result.problems.append(Problem(offset, kind, detail))
+        self._problems.append(Problem(offset, kind, detail))
 
-    def _truncated(self, header_offset: int, name: str, size: int, position: int) -> None:
-        shown = shown_name(name)
-        reason = f"truncated tar: member {shown!r} needs {size:,} bytes, {max(0, self._size - position):,} are there"
-        self._result.damage = Damage(header_offset, f"{reason} at byte {header_offset}", name)
+    def _no_member(self) -> NoReturn:
+        raise TarError("truncated tar: an extension header without its member", self._header_offset)
 
-    def _parse(self, block: bytes, position: int, *, after_end: bool) -> tuple[str, int, int]:
+    def _truncated(self, name: bytes, size: int, position: int) -> int:
+        reason = f"truncated tar: member {shown_name(name)!r} needs {size:,} bytes"
+        reason += f", {max(0, self._size - position):,} are there at byte {self._header_offset}"
+        self._damage = Damage(self._header_offset, reason, name.decode("utf-8", "surrogateescape"))
+        return self._size
+
+    def _parse(self, block: bytes, position: int) -> tuple[bytes, int, int]:
         if len(block) < BLOCK:
-            raise TarError(
-                self._no_header(block, position, f"truncated tar: {len(block)} of 512 header bytes"), position
-            )
-        if not _checksum_is_right(block):
-            what = "data after the end mark that is no tar header" if after_end else "no valid tar header"
+            what = f"truncated tar: {len(block)} of 512 header bytes"
             raise TarError(self._no_header(block, position, what), position)
-        try:
-            size = int(block[124:135], 8) if block[135] in b"\0 " else _number(block[124:136])
-        except ValueError:
-            size = _number(block[124:136])
+        if not checksum_is_right(block):
+            what = "data after the end mark that is no tar header" if self._ended else "no valid tar header"
+            raise TarError(self._no_header(block, position, what), position)
+        size = header_size(block)
         if size < 0:
             raise TarError("a tar header with an impossible size", position)
-        nul = block.find(b"\0", 0, 100)
-        raw = block[:nul] if nul >= 0 else block[:100]
-        if block[345] and block[257:263] == b"ustar\0":
-            raw = block[345:500].split(b"\0", 1)[0] + b"/" + raw
-        return raw.decode("utf-8", "surrogateescape"), size, block[156]
+        return header_name(block), size, block[156]
 
     def _no_header(self, block: bytes, position: int, what: str) -> str:
         if position:
@@ -335,13 +388,13 @@ class _Scanner:
         if kind == _LONG_NAME:
             self._long_name = data.split(b"\0", 1)[0]
         else:
-            self._pax |= _pax_records(data, position)
+            self._pax |= pax_records(data, position)
         return position + size + -size % BLOCK
 
-    def _overridden(self, name: str, size: int, position: int) -> tuple[str, int]:
+    def _overridden(self, name: bytes, size: int, position: int) -> tuple[bytes, int]:
         raw = self._pax.get(b"GNU.sparse.name", self._pax.get(b"path", self._long_name))
         if raw is not None:
-            name = raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+            name = raw.split(b"\0", 1)[0]
         if b"size" in self._pax:
             try:
                 size = int(self._pax[b"size"])
@@ -351,88 +404,36 @@ class _Scanner:
                 raise TarError("a PAX record with an impossible size", position)
         return name, size
 
-    def _skip(self, kind: int, name: str, size: int, header_offset: int, block: bytes, position: int) -> int:
+    def _skip(self, kind: int, name: bytes, size: int, block: bytes, position: int) -> int:
         """Report a member that is no regular file, and return where the next header starts."""
-        shown = shown_name(name)
+        shown, at = shown_name(name), self._header_offset
         if kind in _LINK_TYPES:
-            target = shown_name(block[157:257].split(b"\0", 1)[0].decode("utf-8", "surrogateescape"))
-            self._problem(header_offset, "link", f"{_LINK_TYPES[kind]} {shown!r} to {target!r}")
+            target = shown_name(block[157:257].split(b"\0", 1)[0])
+            self._problem(at, "link", f"{_LINK_TYPES[kind]} {shown!r} to {target!r}")
             return position
         if kind in _OTHER_TYPES:
             label = _OTHER_TYPES[kind]
-            self._problem(header_offset, label if label == "directory" else "special file", f"{label} {shown!r}")
+            self._problem(at, label if label == "directory" else "special file", f"{label} {shown!r}")
             return position
         if kind == _SPARSE:
-            extended = block[482] != 0
-            while extended:
-                more = self._source.pread(position, BLOCK)
-                if len(more) < BLOCK:
-                    raise TarError("truncated tar: the map of a sparse file is cut", position)
-                extended, position = more[504] != 0, position + BLOCK
-        if kind in _FILE_TYPES and name.endswith("/"):
+            position = self._skip_sparse_map(block, position)
+        if kind in _FILE_TYPES and name.endswith(b"/"):
             # So did tars write directories before they had a type of their own, and without data.
-            self._problem(header_offset, "directory", repr(shown))
+            self._problem(at, "directory", repr(shown))
             size = size if kind else 0
         else:
             label = "sparse file" if kind == _SPARSE or kind in _FILE_TYPES else "unknown type"
-            self._problem(header_offset, label, f"{shown!r} (type {chr(kind)!r}) is left out")
+            self._problem(at, label, f"{shown!r} (type {chr(kind)!r}) is left out")
         end = position + size
         if end > self._size:
-            raise TarError(f"truncated tar: member {shown!r} needs {size:,} bytes", header_offset)
+            raise TarError(f"truncated tar: member {shown!r} needs {size:,} bytes", at)
         return end + -size % BLOCK
 
-
-def shown_name(name: str) -> str:
-    r"""Return a member's name as valid text: bytes that are not UTF-8 become ``\xff``."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return name
-
-
-def _checksum_is_right(block: bytes) -> bool:
-    # The low half of Adler-32 is 1 + the sum of all bytes, modulo 65521; a header's sum stays below twice that.
-    total = (adler32(block) & 0xFFFF) - 1 - sum(block[_CHECKSUM]) + 8 * 32
-    try:
-        claimed = int(block[148:154], 8)
-        if claimed in (total, total + _ADLER_MODULUS):
-            return True
-    except ValueError:
-        pass
-    claimed = _number(block[_CHECKSUM])
-    if claimed in (total, total + _ADLER_MODULUS):
-        return True
-    # Some old programs summed signed bytes.
-    unsigned = sum(block) - sum(block[_CHECKSUM]) + 8 * 32
-    signed = unsigned - 256 * sum(b > 127 for b in block[:148] + block[156:])
-    return claimed in (unsigned, signed)
-
-
-def _number(raw: bytes) -> int:
-    """Return a header's number: octal digits, or base-256 if the first bit is set; -1 if neither."""
-    if raw[0] == 0x80:
-        return int.from_bytes(raw[1:], "big")
-    if raw[0] & 0x80:
-        return -1
-    digits = raw.split(b"\0", 1)[0].strip()
-    try:
-        return int(digits, 8) if digits else 0
-    except ValueError:
-        return -1
-
-
-def _pax_records(data: bytes, position: int) -> dict[bytes, bytes]:
-    records: dict[bytes, bytes] = {}
-    start = 0
-    while start < len(data) and data[start]:
-        space = data.find(b" ", start, start + 20)
-        digits = data[start:space] if space > 0 else b""
-        length = int(digits) if digits.isdigit() else 0
-        record = data[space + 1 : start + length]
-        key, equals, value = record.partition(b"=")
-        if not len(digits) + 1 < length <= len(data) - start or not equals or not value.endswith(b"\n"):
-            raise TarError("a PAX header that is damaged", position + start)
-        records[key] = value[:-1]
-        start += length
-    return records
+    def _skip_sparse_map(self, block: bytes, position: int) -> int:
+        extended = block[482] != 0
+        while extended:
+            more = self._source.pread(position, BLOCK)
+            if len(more) < BLOCK:
+                raise TarError("truncated tar: the map of a sparse file is cut", position)
+            extended, position = more[504] != 0, position + BLOCK
+        return position

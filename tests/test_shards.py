@@ -20,13 +20,17 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from imgcurate import schema
 from imgcurate.shards import IMAGE_EXTENSIONS, ShardIndex, index_shard, split_key
 from imgcurate.storage import atomic_write
-from imgcurate.tar import BLOCK, end_of_archive, shown_name
+from imgcurate.tar import BLOCK, end_of_archive
 
 Entries = Sequence[tuple[str, bytes]]
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 NOT_UTF8 = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
 ROOT = tarfile.TarInfo("./")
 ROOT.type = tarfile.DIRTYPE
+
+
+def shown_name(name: str) -> str:
+    return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in name)
 
 
 def write(
