@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from imgcurate.errors import ConfigError
+from imgcurate.schema import STATUS_OK
 
 __all__ = ["ImageBatch", "PixelView"]
 
@@ -147,6 +148,10 @@ class ImageBatch:
         """
         if len(mask) != len(self.rows):
             raise ConfigError(f"the mask has {len(mask)} values for {len(self.rows)} samples")
+        if mask.dtype not in (np.bool_, torch.bool):
+            raise ConfigError(f"the mask should hold booleans, not {mask.dtype}")
+        if status == STATUS_OK:
+            raise ConfigError("samples cannot be dropped with the status 'ok'")
         if not isinstance(reason, str) and len(reason) != len(self.rows):
             raise ConfigError(f"there are {len(reason)} reasons for {len(self.rows)} samples")
         self.drops.append((mask, reason, status))

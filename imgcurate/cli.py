@@ -10,11 +10,12 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import dask
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -40,6 +41,7 @@ _debug = False
 _MAX_SHARD_ROWS: Final = 50
 _MAX_PROBLEM_ROWS: Final = 20
 _PLAIN_EVERY_S: Final = 10.0
+_MAX_MESSAGE: Final = 2000
 
 Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Tar shards: paths, URLs, globs, {braces}.")]
 Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of the run.")]
@@ -48,6 +50,10 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes
 Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in the output folder.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the accounting alone.")]
+
+
+class _StoppedError(ImgcurateError):
+    """Ctrl-C during a run; typer would end the process without a word."""
 
 
 def _version(show: bool) -> None:
@@ -84,6 +90,11 @@ def demo(
 
     folder = Path(output)
     out = folder / "curated"
+    mark = folder / ".imgcurate-demo"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        raise ConfigError(f"{folder} holds something else than a demo: name another folder with -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     truth = make_demo_shards(folder / "shards")
     typer.echo(
         f"{truth.samples} samples in 4 shards: {truth.photos} photos, "
@@ -191,8 +202,8 @@ def inspect(
     console = Console()
     table = Table("shard", *(c for c in ("samples", "ok", "members", "bytes", "problems")))
     for shard in report.shards[:_MAX_SHARD_ROWS]:
-        table.add_row(shard.url, f"{shard.samples:,}", f"{shard.ok:,}", f"{shard.members:,}", f"{shard.nbytes:,}",
-                      ", ".join(f"{n} {kind}" for kind, n in shard.problems.items()))  # fmt: skip
+        numbers = (f"{n:,}" for n in (shard.samples, shard.ok, shard.members, shard.nbytes))
+        table.add_row(escape(shard.url), *numbers, ", ".join(f"{n} {kind}" for kind, n in shard.problems.items()))
     console.print(table)
     if len(report.shards) > _MAX_SHARD_ROWS:
         typer.echo(f"... and {len(report.shards) - _MAX_SHARD_ROWS:,} more shards")
@@ -242,11 +253,14 @@ def _run(
         if device == "auto" and not backend.is_gpu and not quiet:
             typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
     tasks_per_gpu = max(1, round(1 / plan.reader.num_gpus_per_worker))
-    with (
-        open_client(device=device, n_workers=workers, scheduler=scheduler, tasks_per_gpu=tasks_per_gpu) as client,
-        _progress(quiet) as progress,
-    ):
-        return pipeline.run(output, client=client, device=device, overwrite=overwrite, progress=progress)
+    try:
+        with (
+            open_client(device=device, n_workers=workers, scheduler=scheduler, tasks_per_gpu=tasks_per_gpu) as client,
+            _progress(quiet) as progress,
+        ):
+            return pipeline.run(output, client=client, device=device, overwrite=overwrite, progress=progress)
+    except KeyboardInterrupt as exc:
+        raise _StoppedError from exc
 
 
 @contextmanager
@@ -296,21 +310,24 @@ def main() -> None:
     """Run the command line: exit code 0 done, 1 the run failed, 2 wrong usage or configuration."""
     try:
         app()
+    except _StoppedError:
+        _fail("stopped", "run the same command again to go on", 1)
     except ImgcurateError as exc:
-        if _debug:
-            traceback.print_exc()
-        kind = "wrong usage" if isinstance(exc, ConfigError) else "failed"
-        typer.echo(f"imgcurate: {kind}: {' '.join(str(exc).split())}", err=True)
-        sys.exit(exc.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("imgcurate: stopped. Run the same command again to go on", err=True)
-        sys.exit(1)
+        _fail("wrong usage" if isinstance(exc, ConfigError) else "failed", str(exc), exc.exit_code)
     except Exception as exc:  # noqa: BLE001 - the last resort: one line, a traceback with --debug
-        if _debug:
-            traceback.print_exc()
         hint = "" if _debug else " (imgcurate --debug ... shows where)"
-        typer.echo(f"imgcurate: failed: {type(exc).__name__}: {' '.join(str(exc).split())}{hint}", err=True)
-        sys.exit(1)
+        _fail("failed", f"{type(exc).__name__}: {exc}{hint}", 1)
+
+
+def _fail(kind: str, message: str, exit_code: int) -> NoReturn:
+    """Say in one line why the command ends."""
+    if _debug:
+        traceback.print_exc()
+    words = " ".join(message.split())
+    if len(words) > _MAX_MESSAGE:
+        words = f"{words[:_MAX_MESSAGE]} ..."
+    typer.echo(f"imgcurate: {kind}: {words}", err=True)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
+import dask
 import psutil
 from distributed import Client, LocalCluster
 
@@ -73,12 +76,31 @@ def open_client(
             yield client
         return
     backend = get_backend(device)
-    with contextlib.ExitStack() as stack:
-        if backend.is_gpu:
-            cluster = stack.enter_context(_cuda_cluster(n_workers, tasks_per_gpu, dashboard_address))
-        else:
-            cluster = stack.enter_context(_cpu_cluster(n_workers, dashboard_address))
-        yield stack.enter_context(Client(cluster))
+    if backend.is_gpu:
+        cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
+    else:
+        cluster = _cpu_cluster(n_workers, dashboard_address)
+    with _closing(cluster), _closing(Client(cluster)) as client:
+        client.run(_ignore_interrupts)
+        yield client
+
+
+@contextlib.contextmanager
+def _closing(resource: Any) -> Iterator[Any]:
+    """Close a client or cluster; that workers which died do not answer must not hide why they did."""
+    try:
+        yield resource
+    finally:
+        try:
+            resource.close()
+        except (TimeoutError, OSError, RuntimeError) as exc:
+            logger.info("closing %s: %r", type(resource).__name__, exc)
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C, which a terminal sends to all its processes, to the client: it ends the workers."""
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def cluster_device(client: Client, device: str) -> str:
@@ -98,11 +120,11 @@ def cluster_device(client: Client, device: str) -> str:
     ClusterError
         If there is no worker, or some have a usable GPU and others not.
     """
+    if not client.scheduler_info(n_workers=-1)["workers"]:
+        raise ClusterError("the scheduler has no workers: start some, then try again")
     if device == "cpu":
         return "cpu"
     found: dict[str, str] = client.run(_worker_device, device)
-    if not found:
-        raise ClusterError("the scheduler has no workers: start some, then try again")
     kinds = set(found.values())
     if len(kinds) > 1:
         without = next(address for address, kind in found.items() if kind == "cpu")
@@ -118,6 +140,8 @@ def _worker_device(device: str) -> str:
 def _connect(scheduler: str, security: Any) -> Iterator[Client]:
     where: dict[str, Any] = {"address": scheduler}
     if "://" not in scheduler and scheduler.endswith(".json"):
+        if not Path(scheduler).is_file():
+            raise ClusterError(f"there is no scheduler file {scheduler}: name it, or the scheduler's address")
         where = {"scheduler_file": scheduler}
     try:
         client = Client(**where, timeout="15s", security=security)
@@ -142,8 +166,14 @@ def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalC
         host=_LOOPBACK,
         dashboard_address=dashboard_address,
         # torch, DALI and BLAS read these when the worker starts.
-        env={f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")},
+        env={f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")} | _logging_env(),
     )
+
+
+def _logging_env() -> dict[str, str]:
+    """Return what makes workers log as this process was told to."""
+    level = dask.config.get("logging.distributed", None)
+    return {"DASK_LOGGING__DISTRIBUTED": level} if isinstance(level, str) else {}
 
 
 def _cuda_cluster(n_workers: int | None, tasks_per_gpu: int, dashboard_address: str | None) -> Any:

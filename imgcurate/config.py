@@ -57,6 +57,17 @@ STAGES: Final[Mapping[str, type[Stage]]] = {
 }
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key which stands twice: YAML would take the last one, silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
 class RunConfig(BaseModel):
     """A run: what is read, which stages, on what.
 
@@ -113,10 +124,10 @@ def load_config(path: str | Path) -> RunConfig:
         place and the nearest valid name.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"cannot read {path}: {exc}") from exc
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, RecursionError) as exc:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(content, dict):
         raise ConfigError(f"{path} should be a mapping with 'inputs' and 'stages', not {type(content).__name__}")
@@ -145,10 +156,11 @@ def _make_stage(number: int, entry: str | Mapping[str, Mapping[str, Any] | None]
             raise ConfigError(f"stages[{number}] {name} has no parameter {key!r}{nearest(key, known)}")
     try:
         return kind(**params)
-    except TypeError as exc:
-        raise ConfigError(f"stages[{number}] {name}: {exc}") from exc
     except ConfigError as exc:
         raise type(exc)(f"stages[{number}] {name}: {exc}") from exc
+    except Exception as exc:
+        given = ", ".join(f"{key}={value!r}" for key, value in params.items())
+        raise ConfigError(f"stages[{number}] {name}({given}): {exc}") from exc
 
 
 def _find_stage(number: int, name: str) -> type[Stage]:
@@ -159,8 +171,8 @@ def _find_stage(number: int, name: str) -> type[Stage]:
     module, _, attribute = name.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as exc:
-        raise ConfigError(f"stages[{number}]: cannot import {name}: {exc}") from exc
+    except (Exception, SystemExit) as exc:
+        raise ConfigError(f"stages[{number}]: cannot import {name}: {type(exc).__name__}: {exc}") from exc
     if not (isinstance(kind, type) and issubclass(kind, Stage)):
         raise ConfigError(f"stages[{number}]: {name} is not a subclass of ProcessingStage or DatasetStage")
     return kind

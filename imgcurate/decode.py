@@ -9,7 +9,6 @@ and both end in the same resize operators.
 from __future__ import annotations
 
 import contextlib
-import io
 import re
 import threading
 import warnings
@@ -26,11 +25,13 @@ from PIL import Image, ImageOps
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
 from imgcurate.errors import ImgcurateError
-from imgcurate.probe import probe
+from imgcurate.probe import open_with_pillow, probe
 
 __all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder"]
 
 MAX_PIXELS: Final = 178_956_970
+MAX_ASPECT_RATIO: Final = 50.0
+_MAX_GROUP_PIXELS: Final = 100_000_000
 """Default limit of width x height, that of Pillow: 512 MiB of RGB."""
 
 _MAX_BATCH_RETRIES: Final = 4
@@ -76,6 +77,8 @@ class Decoder:
         DALI's CPU threads.
     max_pixels : int
         Images with more pixels are refused before they are decoded.
+    max_aspect_ratio : float
+        So are images whose longer side is more than so many times the shorter one.
 
     Notes
     -----
@@ -90,11 +93,13 @@ class Decoder:
         batch_size: int,
         num_threads: int,
         max_pixels: int = MAX_PIXELS,
+        max_aspect_ratio: float = MAX_ASPECT_RATIO,
     ) -> None:
         self.views = tuple(views)
         self.backend = backend
         self.batch_size = batch_size
         self.max_pixels = max_pixels
+        self.max_aspect_ratio = max_aspect_ratio
         self._num_threads = num_threads
         self._from_bytes = self._build(decode=True)
         self._from_pixels: Any = None
@@ -110,20 +115,22 @@ class Decoder:
         by_dali: list[int] = []
         by_pillow: list[int] = []
         for i, blob in enumerate(blobs):
-            found = probe(blob, max_pixels=self.max_pixels)
+            found = probe(blob, max_pixels=self.max_pixels, max_aspect_ratio=self.max_aspect_ratio)
             widths[i], heights[i] = _int32(found.width), _int32(found.height)
             if found.route == "none":
                 reasons[i] = found.reason
             else:
                 (by_dali if found.route == "dali" else by_pillow).append(i)
-        parts = self._decode_with_dali(blobs, by_dali, by_pillow)
+        parts = []
+        for group in _groups(by_dali, widths.astype(np.int64) * heights):
+            parts += self._decode_with_dali(blobs, group, by_pillow)
         for i in sorted(by_pillow):
             try:
                 pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
-            except _UndecodableError as exc:
-                reasons[i] = str(exc)
+                images, sizes = self._run(self._pixel_graph(), [pixels])
+            except (_UndecodableError, RuntimeError) as exc:
+                reasons[i] = str(exc).strip().splitlines()[0] if str(exc) else type(exc).__name__
                 continue
-            images, sizes = self._run(self._pixel_graph(), [pixels])
             parts.append(([i], images, sizes))
         return self._assemble(n, parts, reasons, widths, heights)
 
@@ -255,6 +262,20 @@ def _half_to_even(math: Any, doubled: Any) -> Any:
     return (1 - odd) * doubled / 2 + odd * 2 * math.floor((doubled + 1) / 4)
 
 
+def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    """Divide images into groups of which DALI can hold all pixels at once; of most batches it is one."""
+    group: list[int] = []
+    total = 0
+    for i in index:
+        if group and total + pixels[i] > _MAX_GROUP_PIXELS:
+            yield group
+            group, total = [], 0
+        group.append(i)
+        total += int(pixels[i])
+    if group:
+        yield group
+
+
 class _UndecodableError(Exception):
     """An image that Pillow cannot decode; the message is the row's reason."""
 
@@ -275,7 +296,7 @@ def decode_with_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDAr
         warnings.simplefilter("ignore")
         format_ = ""
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with open_with_pillow(data) as image:
                 format_ = image.format or ""
                 if image.width * image.height > max_pixels:
                     raise _UndecodableError(f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
@@ -327,13 +348,18 @@ def borrow_decoder(
     batch_size: int,
     num_threads: int,
     max_pixels: int = MAX_PIXELS,
+    max_aspect_ratio: float = MAX_ASPECT_RATIO,
 ) -> Iterator[Decoder]:
     """Borrow a decoder from this process's pool; graphs are built once and used for every partition."""
-    key = (tuple(views), backend, batch_size, num_threads, max_pixels)
+    limits = (max_pixels, max_aspect_ratio)
+    key = (tuple(views), backend, batch_size, num_threads, limits)
     with _idle_lock:
         decoder = _idle[key].pop() if _idle[key] else None
     if decoder is None:
-        decoder = Decoder(views, backend, batch_size=batch_size, num_threads=num_threads, max_pixels=max_pixels)
+        decoder = Decoder(
+            views, backend, batch_size=batch_size, num_threads=num_threads,
+            max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio,
+        )  # fmt: skip
     try:
         yield decoder
     finally:

@@ -25,7 +25,6 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 RESULT_META: Final = pd.DataFrame({"number": pd.Series(dtype="int64"), "result": pd.Series(dtype="str")})
 _MIN_WAVE: Final = 32
-_RETRIES: Final = 2
 logger = logging.getLogger(__name__)
 
 
@@ -107,7 +106,7 @@ def run_waves(
         nonlocal submitted
         batch = todo[submitted : submitted + wave]
         submitted += len(batch)
-        frame = client.persist(build(batch).optimize(), retries=_RETRIES, resources=resources)
+        frame = client.persist(build(batch).optimize(), resources=resources)
         futures = futures_of(frame)
         pending.update(futures)
         waiting.update(futures)
@@ -135,7 +134,7 @@ def _result_of(future: Future, phase: str) -> pd.DataFrame:
         frame: pd.DataFrame = future.result()
     except KilledWorker as exc:
         raise ClusterError(
-            f"{phase}: a partition killed its worker {_RETRIES + 1} times (out of memory, or a crash in a "
+            f"{phase}: a partition killed its worker again and again (out of memory, or a crash in a "
             "decoder); what was finished is kept: run again to go on, with fewer workers or files per partition"
         ) from exc
     return frame

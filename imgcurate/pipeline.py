@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from imgcurate import schema
 from imgcurate.backend import Backend
 from imgcurate.catalog import Catalog, Manifest, fingerprint
 from imgcurate.cluster import cluster_device, open_client
-from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
+from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, InputError
 from imgcurate.execution import RESULT_META, Progress, call_frame, number_frame, result_frame, run_waves
 from imgcurate.export import OutputShard, kept_counts, plan_shards, shard_name, write_shard
 from imgcurate.frame import ShardGroup, frame_of_groups, group_shards
@@ -31,6 +32,7 @@ from imgcurate.plan import Phase, Plan, make_plan
 from imgcurate.stages.base import DatasetStage, Stage, columns_added, stage_config
 from imgcurate.stages.executor import apply_stages
 from imgcurate.storage import (
+    exclusive,
     expand_urls,
     file_size,
     free_bytes,
@@ -39,7 +41,9 @@ from imgcurate.storage import (
     list_files,
     local_path,
     make_folder,
+    modified,
     read_bytes,
+    remove_temporary_files,
     remove_tree,
 )
 
@@ -51,6 +55,7 @@ _NOT_IN_FINGERPRINT: Final = frozenset(
 )
 _PACKAGES: Final = ("torch", "open_clip_torch", "pillow", "numpy", "scikit-learn")
 _MIN_FREE_BYTES: Final = 64 * 1024**2
+_STAT_THREADS: Final = 16
 logger = logging.getLogger(__name__)
 
 
@@ -206,13 +211,17 @@ class _Run:
         self.plan, self.stages, self.folder = plan, stages, folder
         self.client, self.device, self.progress = client, device, progress
         self.options = plan.source.storage_options
-        self.urls = expand_urls(plan.source.file_paths, self.options)
+        self.urls = _without_output(expand_urls(plan.source.file_paths, self.options), folder)
         self.groups = group_shards(self.urls, plan.source.files_per_partition)
         self.timings_s: dict[str, float] = {}
 
     def execute(self, *, overwrite: bool) -> Result:
         config = self._config()
-        manifest = self._open(config, overwrite=overwrite)
+        make_folder(self.folder)
+        with exclusive(self.folder):
+            return self._execute(self._open(config, overwrite=overwrite))
+
+    def _execute(self, manifest: Manifest) -> Result:
         catalog = Catalog(self.folder, len(self.groups))
         if manifest.state != "done":
             catalog = self._run_phases(catalog)
@@ -222,16 +231,18 @@ class _Run:
                 manifest.shards = self._export(catalog, self.plan.writer.images_per_tar)
             self._merge(catalog)
             self._check(manifest)
+            self._check_inputs(manifest)
             manifest.state, manifest.timings_s = "done", self.timings_s
             manifest.save(self.folder)
             catalog.remove_checkpoints()
+            remove_temporary_files(self.folder)
         final = Catalog(self.folder, len(self.groups))
         shards = [join_url(self.folder, "shards", s["name"]) for s in manifest.shards]
         return Result(self.folder, manifest.samples, manifest.counts, shards, final)
 
     def _config(self) -> dict[str, Any]:
         with self._timed("prepare"):
-            inputs = [{"url": url, "nbytes": file_size(url, self.options)} for url in self.urls]
+            inputs = self._inputs()
             stages = [{**stage_config(s), **s.fingerprint()} for s in self.stages]
         stages = [{k: v for k, v in s.items() if k not in _NOT_IN_FINGERPRINT} for s in stages]
         versions = {p: importlib.metadata.version(p) for p in _PACKAGES}
@@ -243,26 +254,48 @@ class _Run:
             "inputs": inputs,
         }
 
+    def _inputs(self) -> list[dict[str, Any]]:
+        """Return what the input shards are: URL, size and state of each."""
+
+        def describe(url: str) -> dict[str, Any]:
+            return {"url": url, "nbytes": file_size(url, self.options), "modified": modified(url, self.options)}
+
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            return list(pool.map(describe, self.urls))
+
+    def _check_inputs(self, manifest: Manifest) -> None:
+        """Refuse to call a run done whose inputs changed under it: it may hold some of both states."""
+        for before, now in zip(manifest.config["inputs"], self._inputs(), strict=True):
+            if before != now:
+                raise ImgcurateError(
+                    f"{now['url']} changed while the run was going on, so its output cannot be relied on: "
+                    "run again with --overwrite"
+                )
+
     def _open(self, config: dict[str, Any], *, overwrite: bool) -> Manifest:
         """Start a run in the output folder, or find the one that is to go on."""
         digest = fingerprint(config)
         manifest = Manifest.load(self.folder)
-        if manifest is not None and manifest.fingerprint != digest and not overwrite:
+        if manifest is not None and manifest.fingerprint != digest and not overwrite and manifest.state != "clearing":
             raise ConfigError(
                 f"{self.folder} holds another run ({difference(manifest.config, config)}): "
                 "name another output folder, or overwrite it (--overwrite)"
             )
-        if manifest is None and not overwrite and any(list_files(self.folder, "")):
+        names = [n for n in list_files(self.folder, "") if not (n.startswith(".") and n.endswith(".tmp"))]
+        if manifest is None and names:
             raise ConfigError(f"{self.folder} is not empty and holds no run of imgcurate: name another output folder")
-        if manifest is not None and manifest.fingerprint != digest:
+        if manifest is not None and (manifest.fingerprint != digest or manifest.state == "clearing"):
+            # Said first, so that a run which is killed now does not pass for the old one.
+            manifest.state = "clearing"
+            manifest.save(self.folder)
             for name in ("catalog", "checkpoint", "dedup", "shards"):
                 remove_tree(join_url(self.folder, name))
             manifest = None
+        remove_temporary_files(self.folder)
         if manifest is None:
             free = free_bytes(self.folder)
             if free is not None and free < _MIN_FREE_BYTES:
                 raise ImgcurateError(f"only {free:,} bytes are free on the disk of {self.folder}")
-            make_folder(self.folder)
             manifest = Manifest(digest, config, len(self.groups))
             manifest.save(self.folder)
         return manifest
@@ -417,6 +450,16 @@ def _count_part(number: int, catalog: Catalog) -> dict[str, Any]:
 def _merge_part(number: int, catalog: Catalog) -> dict[str, Any]:
     catalog.merge(number)
     return {}
+
+
+def _without_output(urls: list[str], folder: str) -> list[str]:
+    """Return the inputs but for those that a pattern found in the output folder itself."""
+    inside = [url for url in urls if url.startswith(folder.rstrip("/") + "/")]
+    if len(inside) == len(urls):
+        raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
+    if inside:
+        logger.warning("%d inputs lie in the output folder and are left out: %s ...", len(inside), inside[0])
+    return [url for url in urls if url not in set(inside)]
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:

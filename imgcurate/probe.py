@@ -7,6 +7,7 @@ one, off the hot path.
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import warnings
@@ -15,7 +16,7 @@ from typing import Final, Literal
 
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["Probe", "describe_bytes", "probe"]
+__all__ = ["Probe", "describe_bytes", "open_with_pillow", "probe"]
 
 # Start-of-frame markers: 0xC0-0xCF without DHT (C4), JPG (C8) and DAC (CC).
 _SOF: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -34,6 +35,10 @@ _SIGNATURES: Final = (
     (b"<?xml", "text/xml"),
     (b"{", "application/json"),
 )
+_PILLOW_FORMATS: Final = (
+    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ class Probe:
     reason: str = ""
 
 
-def probe(data: bytes, *, max_pixels: int | None = None) -> Probe:
+def probe(data: bytes, *, max_pixels: int | None = None, max_aspect_ratio: float | None = None) -> Probe:
     """Read the header of an encoded image.
 
     Parameters
@@ -68,6 +73,8 @@ def probe(data: bytes, *, max_pixels: int | None = None) -> Probe:
         The whole encoded image.
     max_pixels : int, optional
         Images with more pixels (width x height) are refused.
+    max_aspect_ratio : float, optional
+        Images that are more elongated are refused: resized to the shorter side they are enormous.
 
     Returns
     -------
@@ -87,6 +94,13 @@ def probe(data: bytes, *, max_pixels: int | None = None) -> Probe:
     pixels = found.width * found.height
     if max_pixels is not None and pixels > max_pixels and found.route != "none":
         reason = f"{found.width}x{found.height} = {_si(pixels)}px, over the limit of {_si(max_pixels)}px (max_pixels)"
+        return Probe(found.format, found.width, found.height, "none", reason)
+    longer, shorter = max(found.width, found.height), max(1, min(found.width, found.height))
+    if max_aspect_ratio is not None and longer > max_aspect_ratio * shorter and found.route != "none":
+        reason = (
+            f"{found.width}x{found.height}: aspect ratio {longer / shorter:.0f}, over the limit of "
+            f"{max_aspect_ratio:g} (max_aspect_ratio)"
+        )
         return Probe(found.format, found.width, found.height, "none", reason)
     return found
 
@@ -140,7 +154,7 @@ def _probe_with_pillow(data: bytes) -> Probe:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with open_with_pillow(data) as image:
                 return Probe(image.format or "", *image.size)
     except Image.DecompressionBombError as exc:
         return Probe("", route="none", reason=str(exc))
@@ -148,6 +162,23 @@ def _probe_with_pillow(data: bytes) -> Probe:
         return Probe("", route="none", reason=f"not an image: {describe_bytes(data)}")
     except Exception as exc:  # noqa: BLE001 - Pillow's plugins raise nearly any type on hostile bytes
         return Probe("", route="none", reason=f"unreadable image header: {exc or type(exc).__name__}")
+
+
+def open_with_pillow(data: bytes) -> Image.Image:
+    """Open an encoded image of a format on the list; Pillow's others run programs or are no images.
+
+    Raises
+    ------
+    PIL.UnidentifiedImageError
+        If it is of another format.
+    """
+    return Image.open(io.BytesIO(data), formats=_pillow_formats())
+
+
+@functools.cache
+def _pillow_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _PILLOW_FORMATS if name in Image.OPEN)
 
 
 def describe_bytes(data: bytes) -> str:

@@ -8,10 +8,12 @@ end of a file.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import random
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ __all__ = [
     "StorageError",
     "StorageOptions",
     "atomic_write",
+    "exclusive",
     "exists",
     "expand_urls",
     "file_size",
@@ -37,10 +40,12 @@ __all__ = [
     "list_files",
     "local_path",
     "make_folder",
+    "modified",
     "open_source",
     "read_bytes",
     "read_ranges",
     "remove",
+    "remove_temporary_files",
     "remove_tree",
 ]
 
@@ -89,10 +94,14 @@ class LocalSource:
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            self._fd = os.open(local_path(url), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._fd = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as exc:
             raise StorageError(f"cannot read {url}: {exc.strerror}") from exc
-        self.size = os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise StorageError(f"cannot read {url}: it is no regular file")
+        self.size = status.st_size
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, fewer only where the file ends."""
@@ -241,7 +250,10 @@ def file_size(url: str, storage_options: StorageOptions | None = None) -> int:
             path = Path(local_path(url))
             if path.is_dir():
                 raise InputError(f"{url} is a folder: expected a tar shard; '{url}/*.tar' names all in it")
-            return path.stat().st_size
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{url} is no regular file: expected a tar shard")
+            return status.st_size
         source = RemoteSource(url, storage_options)
     except FileNotFoundError as exc:
         raise InputError(f"no such input: {url}") from exc
@@ -303,6 +315,10 @@ def read_ranges(source: Source, ranges: Sequence[tuple[int, int]]) -> list[bytes
             end = offset + length
             last += 1
         block = source.pread(begin, end - begin)
+        if len(block) < end - begin:
+            raise StorageError(
+                f"{source.url} ends at byte {begin + len(block):,}, before {end:,}: it changed since it was indexed"
+            )
         blobs.extend(block[o - begin : o - begin + n] for o, n in ranges[first:last])
         first = last
     return blobs
@@ -365,6 +381,47 @@ def atomic_write(url: str, storage_options: StorageOptions | None = None) -> Ite
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(folder: str) -> Iterator[None]:
+    """Hold a local folder for one process; another one that wants it gets an error, also after a crash of ours.
+
+    Raises
+    ------
+    StorageError
+        If another process holds it.
+    """
+    if not is_local(folder):
+        yield
+        return
+    descriptor = os.open(local_path(folder), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise StorageError(f"another run is writing to {folder}: wait until it ends") from exc
+        except OSError as exc:
+            logger.info("%s cannot be locked: %s", folder, exc)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporary_files(folder: str) -> None:
+    """Delete what processes that were killed left of :func:`atomic_write` in a local folder and below."""
+    if is_local(folder):
+        for path in Path(local_path(folder)).rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def modified(url: str, storage_options: StorageOptions | None = None) -> str:
+    """Return what tells one state of a file from another: its time of change, or its ETag; '' if unknown."""
+    if is_local(url):
+        return str(Path(local_path(url)).stat().st_mtime_ns)
+    fs, path = _filesystem(url, storage_options)
+    info = _retry(lambda: fs.info(path), f"cannot read {url}")
+    return str(info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or "")
 
 
 def free_bytes(url: str) -> int | None:

@@ -88,11 +88,12 @@ class DedupConfig:
             raise ConfigError(f"fit_data_fraction={self.fit_data_fraction} should be in (0, 1]")
         if self.init not in ("k-means++", "random"):
             raise ConfigError(f"init={self.init!r} is none of k-means++, random")
-        if self.tol < 0 or self.oversampling_factor <= 0 or not 0 <= self.random_state < 2**32:
-            raise ConfigError(
-                f"tol={self.tol} should be >= 0, oversampling_factor={self.oversampling_factor} > 0, "
-                f"random_state={self.random_state} in [0, 2^32)"
-            )
+        if not self.tol >= 0:
+            raise ConfigError(f"tol={self.tol} should be >= 0")
+        if not self.oversampling_factor > 0:
+            raise ConfigError(f"oversampling_factor={self.oversampling_factor} should be > 0")
+        if not 0 <= self.random_state < 2**32:
+            raise ConfigError(f"random_state={self.random_state} should be in [0, 2^32)")
         _ = self.keep_order
 
     @property

@@ -46,7 +46,9 @@ class KeepOrder:
         if self.which_to_keep not in KEEP_POLICIES:
             raise ConfigError(f"which_to_keep={self.which_to_keep!r} is none of {', '.join(KEEP_POLICIES)}")
         for entry in self.keep_by:
-            if not all(name.strip().isidentifier() for name in entry.removeprefix("-").split("*")):
+            if not isinstance(entry, str) or not all(
+                name.strip().isidentifier() for name in entry.removeprefix("-").split("*")
+            ):
                 raise ConfigError(
                     f"keep_by: {entry!r} is not understood: expected a column, or columns joined by '*', "
                     "after a '-' if larger values are preferred"

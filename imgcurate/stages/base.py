@@ -7,13 +7,19 @@ that need the whole data set (:class:`DatasetStage`).
 
 from __future__ import annotations
 
+import datetime as dt
+import decimal
+import enum
+import hashlib
 import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Final
 
+import cloudpickle
 import dask.dataframe as dd
+import numpy as np
 import pyarrow as pa
 
 from imgcurate.backend import Backend
@@ -220,6 +226,9 @@ def stage_config(stage: Stage) -> dict[str, Any]:
         params = {k: v for k, v in vars(stage).items() if not k.startswith("_")}
     plain = {k: _plain(v) for k, v in params.items()}
     kind = type(stage)
+    if isinstance(stage, ProcessingStage) and not kind.__module__.startswith("imgcurate."):
+        # What a stage of one's own declares may be written in its class, not in its parameters.
+        plain |= {name: _plain(getattr(stage, name)) for name in ("rules", "views", "adds", "needs", "encoder")}
     module = "" if kind.__module__.startswith("imgcurate.") else f"{kind.__module__}."
     return {"stage": f"{module}{kind.__qualname__}", **plain}
 
@@ -233,5 +242,16 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    # The repr of most objects holds their address, which differs from run to run.
-    return f"<{type(value).__module__}.{type(value).__qualname__}>"
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, map(_plain, value)))
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, (pa.DataType, decimal.Decimal, dt.date, dt.timedelta)):
+        return str(value)
+    # The repr of most objects holds their address, which differs from run to run; their content does not.
+    content = value.tobytes() if isinstance(value, np.ndarray) else cloudpickle.dumps(value)
+    return f"<{type(value).__module__}.{type(value).__qualname__} sha256:{hashlib.sha256(content).hexdigest()[:16]}>"

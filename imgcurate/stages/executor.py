@@ -20,7 +20,7 @@ import torch
 from imgcurate import schema
 from imgcurate.backend import Backend, array_from_list_column, cpu_count, get_backend, list_array
 from imgcurate.batches import ImageBatch
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
 from imgcurate.stages.reading import ImageReaderStage, read_pixels
 
@@ -83,7 +83,7 @@ class Program:
         for positions, batch in self._batches(table, stages, worker, results):
             current = batch
             for k, stage in enumerate(stages):
-                current = stage.process(current)
+                current = _process(stage, current)
                 if not isinstance(current, ImageBatch) or len(current) != len(positions):
                     raise ConfigError(f"stage {stage.name}: process() must return the batch with all its rows")
                 results.take_drops(k, stage, positions, current)
@@ -111,6 +111,21 @@ class Program:
             if len(good):
                 sizes = {schema.WIDTH: decoded.widths[decoded.ok], schema.HEIGHT: decoded.heights[decoded.ok]}
                 yield good, ImageBatch(rows.iloc[good].assign(**sizes), decoded.images, device=worker.device)
+
+
+def _process(stage: ProcessingStage, batch: ImageBatch) -> ImageBatch:
+    """Run a stage on a batch; an error of its own gets its name and where it happened."""
+    try:
+        return stage.process(batch)
+    except ImgcurateError:
+        raise
+    except (Exception, SystemExit) as exc:
+        where = (
+            f"{batch.rows[schema.SHARD].iloc[0]}, key {batch.rows[schema.KEY].iloc[0]!r} and after"
+            if len(batch)
+            else ""
+        )
+        raise ImgcurateError(f"stage {stage.name}: {type(exc).__name__}: {exc} (in {where})") from exc
 
 
 def _column_batches(

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from imgcurate import schema
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
-from imgcurate.decode import MAX_PIXELS, Decoded, borrow_decoder
+from imgcurate.decode import MAX_ASPECT_RATIO, MAX_PIXELS, Decoded, borrow_decoder
 from imgcurate.errors import ConfigError
 from imgcurate.stages.base import IMAGE, Stage
 from imgcurate.storage import Source, open_source, read_ranges
@@ -25,6 +25,7 @@ from imgcurate.storage import Source, open_source, read_ranges
 __all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
 
 _T = TypeVar("_T")
+_MAX_CHUNK_BYTES: Final = 128 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class ImageReaderStage(Stage):
         DALI's CPU threads per worker; by default the worker's share of the cores.
     max_pixels : int
         Images with more pixels are refused before they are decoded.
+    max_aspect_ratio : float
+        So are images whose longer side is more than so many times the shorter one: resized to the
+        encoder's input they would be enormous.
+    max_image_bytes : int
+        Image members with more bytes are refused before they are read.
     text_columns : sequence of str
         Members to have as columns, by extension: ``("txt", "json")`` gives captions and metadata.
     num_gpus_per_worker : float
@@ -71,6 +77,8 @@ class ImageReaderStage(Stage):
     dali_batch_size: int = 32
     num_threads: int | None = None
     max_pixels: int = MAX_PIXELS
+    max_aspect_ratio: float = MAX_ASPECT_RATIO
+    max_image_bytes: int = 256 * 1024**2
     text_columns: Sequence[str] = ()
     num_gpus_per_worker: float = 1.0
 
@@ -81,13 +89,16 @@ class ImageReaderStage(Stage):
             raise ConfigError(f"dali_batch_size={self.dali_batch_size} should be >= 1")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads={self.num_threads} should be >= 1")
-        if self.max_pixels < 1:
-            raise ConfigError(f"max_pixels={self.max_pixels} should be >= 1")
+        for name in ("max_pixels", "max_aspect_ratio", "max_image_bytes"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} should be >= 1")
         if not 0 < self.num_gpus_per_worker <= 1:
             raise ConfigError(f"num_gpus_per_worker={self.num_gpus_per_worker} should be in (0, 1]")
         if isinstance(self.text_columns, str):
             raise ConfigError(f"text_columns={self.text_columns!r} should be a sequence, such as ('txt',)")
-        clash = set(self.text_columns) & set(schema.COLUMNS)
+        if not all(isinstance(c, str) and c and c == c.lower() for c in self.text_columns):
+            raise ConfigError(f"text_columns={list(self.text_columns)!r} should be extensions, such as 'txt'")
+        clash = set(self.text_columns) & {IMAGE, *schema.COLUMNS}
         if clash:
             raise ConfigError(f"text_columns: {', '.join(sorted(clash))} would hide a column of imgcurate")
 
@@ -125,11 +136,39 @@ def read_pixels(
         Their pixels.
     """
     wanted = np.flatnonzero(pc.equal(table[schema.STATUS], schema.STATUS_OK).to_numpy(zero_copy_only=False))
+    nbytes = table[schema.NBYTES].to_numpy()
+    too_large = wanted[nbytes[wanted] > reader.max_image_bytes]
+    if len(too_large):
+        yield too_large, _refused(nbytes[too_large], reader.max_image_bytes)
+        wanted = np.setdiff1d(wanted, too_large)
     size = reader.dali_batch_size
     threads = reader.num_threads or num_threads
-    with borrow_decoder(views, backend, batch_size=size, num_threads=threads, max_pixels=reader.max_pixels) as decoder:
+    with borrow_decoder(
+        views, backend, batch_size=size, num_threads=threads,
+        max_pixels=reader.max_pixels, max_aspect_ratio=reader.max_aspect_ratio,
+    ) as decoder:  # fmt: skip
         chunks = prefetch(_read_chunks(table, wanted, size, storage_options), depth=1)
         yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
+
+
+def _refused(nbytes: npt.NDArray[np.int64], limit: int) -> Decoded:
+    reasons = [f"{n:,} bytes, over the limit of {limit:,} (max_image_bytes)" for n in nbytes.tolist()]
+    n = len(reasons)
+    return Decoded(np.zeros(n, bool), {}, reasons, np.zeros(n, np.int32), np.zeros(n, np.int32))
+
+
+def _cut(wanted: npt.NDArray[np.int64], lengths: Sequence[int], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Cut rows into batches of at most `size`, and of a bounded number of bytes."""
+    start = 0
+    while start < len(wanted):
+        stop, nbytes = start, 0
+        while stop < len(wanted) and stop - start < size:
+            nbytes += lengths[wanted[stop]]
+            if stop > start and nbytes > _MAX_CHUNK_BYTES:
+                break
+            stop += 1
+        yield wanted[start:stop]
+        start = stop
 
 
 def _read_chunks(
@@ -140,8 +179,8 @@ def _read_chunks(
     lengths = table[schema.NBYTES].to_pylist()
     source: Source | None = None
     try:
-        for start in range(0, len(wanted), size):
-            chunk = _Chunk(wanted[start : start + size])
+        for positions in _cut(wanted, lengths, size):
+            chunk = _Chunk(positions)
             first = 0
             while first < len(chunk.positions):
                 url = shards[chunk.positions[first]]

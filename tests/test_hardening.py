@@ -1,0 +1,304 @@
+"""Runs that must not lose, mix or hang: what hostile input, other processes and mistakes can do."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client
+from PIL import Image
+from test_pipeline import Dark, checksums, tiny_pipeline
+
+from imgcurate import PixelView, ProcessingStage, Rule
+from imgcurate.backend import get_backend
+from imgcurate.batches import ImageBatch
+from imgcurate.catalog import Manifest
+from imgcurate.cluster import open_client
+from imgcurate.decode import Decoder
+from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, InputError
+from imgcurate.probe import probe
+from imgcurate.storage import StorageError, exclusive, open_source
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(b"\0" * (1 + 3 * width) * height)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_an_elongated_image_is_a_row_with_a_reason() -> None:
+    view = PixelView(224, 224)
+    decoder = Decoder((view,), get_backend("cpu"), batch_size=4, num_threads=1)
+    decoded = decoder.decode([png_header(600_000, 1), png_header(40, 30), png_header(1, 51)])
+    assert decoded.ok.tolist() == [False, True, False]
+    assert decoded.reasons[0] == "600000x1: aspect ratio 600000, over the limit of 50 (max_aspect_ratio)"
+    assert decoded.images[view].shape == (1, 224, 224, 3)
+
+
+def test_large_images_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, photos, encode) -> None:
+    view = PixelView(32, 32)
+    blobs = [encode(p) for p in photos[:7]]
+    decoder = Decoder((view,), get_backend("cpu"), batch_size=8, num_threads=1)
+    whole = decoder.decode(blobs)
+    monkeypatch.setattr("imgcurate.decode._MAX_GROUP_PIXELS", 20_000)
+    parts = decoder.decode(blobs)
+    assert parts.ok.all()
+    assert (parts.images[view] == whole.images[view]).all()
+    np.testing.assert_array_equal(parts.widths, whole.widths)
+
+
+def test_formats_that_run_programs_are_no_images() -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n{} loop\n"
+    assert probe(eps).route == "none"
+    assert probe(eps).reason.startswith("not an image")
+
+
+def test_a_member_of_many_bytes_is_not_read(tmp_path: Path, client: Client, photos, encode, write_tar) -> None:
+    jpeg = encode(photos[0])
+    write_tar(tmp_path / "0.tar", [("big", {"jpg": jpeg + b"\0" * 100_000}), ("small", {"jpg": jpeg})])
+    result = tiny_pipeline(str(tmp_path / "0.tar"), max_image_bytes=50_000).run(str(tmp_path / "OUT"), client=client)
+    assert result.counts == {"decode_error": 1, "ok": 1}
+    reason = result.catalog.compute().set_index("key").reason["big"]
+    assert reason == f"{len(jpeg) + 100_000:,} bytes, over the limit of 50,000 (max_image_bytes)"
+
+
+def test_overwrite_never_deletes_its_own_input(shards: Path, tmp_path: Path, client: Client) -> None:
+    out = tmp_path / "OUT"
+    first = tiny_pipeline(str(shards / "*.tar")).run(str(out), client=client)
+    before = checksums(out)
+    with pytest.raises(InputError, match="the inputs lie in the output folder"):
+        tiny_pipeline(str(out / "shards" / "*.tar")).run(str(out), client=client, overwrite=True)
+    assert checksums(out) == before
+    # A pattern that also finds the output leaves it out.
+    everything = [str(shards / "*.tar"), str(tmp_path / "**" / "*.tar")]
+    again = tiny_pipeline(everything).run(str(out), client=client)
+    assert again.samples == first.samples
+
+
+def test_overwrite_takes_nothing_from_a_folder_without_a_manifest(shards: Path, tmp_path: Path, client: Client) -> None:
+    out = tmp_path / "OUT"
+    tiny_pipeline(str(shards / "00000.tar")).run(str(out), client=client)
+    (out / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="holds no run of imgcurate"):
+        tiny_pipeline(str(shards / "00001.tar")).run(str(out), client=client, overwrite=True)
+
+
+def test_an_overwrite_that_was_killed_is_not_taken_for_the_old_run(
+    shards: Path, tmp_path: Path, client: Client
+) -> None:
+    out = tmp_path / "OUT"
+    first = tiny_pipeline(str(shards / "00000.tar")).run(str(out), client=client)
+    manifest = Manifest.load(str(out))
+    manifest.state = "clearing"
+    manifest.save(str(out))
+    (out / "catalog" / "part-00000.parquet").unlink()
+    again = tiny_pipeline(str(shards / "00000.tar")).run(str(out), client=client)
+    assert again == first
+    assert len(pq.read_table(out / "catalog")) == 18
+
+
+class Brighter(Dark):
+    rules = (Rule("brightness", ">=", 200, "dark"),)
+
+
+Brighter.__name__, Brighter.__qualname__, Brighter.name = "Dark", "Dark", "dark"
+
+
+class Scaled(ProcessingStage):
+    name = "scaled"
+    needs = ("image",)
+    adds = {"scaled": "float32"}
+    views = (PixelView(8, 8),)
+
+    def __init__(self, factor: object) -> None:
+        self.factor = factor
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        batch["scaled"] = np.full(len(batch), float(np.asarray(self.factor).sum()))
+        return batch
+
+
+def test_a_changed_stage_of_ones_own_is_another_run(shards: Path, tmp_path: Path, client: Client) -> None:
+    source = str(shards / "00000.tar")
+    tiny_pipeline(source, Dark()).run(str(tmp_path / "a"), client=client)
+    with pytest.raises(
+        ConfigError, match=r"holds another run \(stages\[3\]\.rules\[0\]\.threshold: 100 there, 200 asked"
+    ):
+        tiny_pipeline(source, Brighter()).run(str(tmp_path / "a"), client=client)
+    for i, (one, other) in enumerate([(np.float32(1), np.float32(2)), (np.ones(3), np.zeros(3)), ({1}, {2})]):
+        out = str(tmp_path / f"b{i}")
+        if not isinstance(one, set):
+            tiny_pipeline(source, Scaled(one)).run(out, client=client)
+            assert tiny_pipeline(source, Scaled(one)).run(out, client=client).samples == 18
+            with pytest.raises(ConfigError, match="holds another run"):
+                tiny_pipeline(source, Scaled(other)).run(out, client=client)
+
+
+class Swap(ProcessingStage):
+    """Puts another file in the place of an input while it is read."""
+
+    name = "swap"
+    needs = ("image",)
+    adds = {"one": "float32"}
+    views = (PixelView(8, 8),)
+
+    def __init__(self, path: str, content: str) -> None:
+        self._path, self._content = path, content
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        if Path(self._content).exists():
+            os.replace(self._content, self._path)
+        batch["one"] = np.ones(len(batch))
+        return batch
+
+
+@pytest.mark.parametrize("kind", ["larger", "garbage", "shorter"])
+def test_inputs_that_change_under_a_run_fail_it(
+    kind: str, tmp_path: Path, client: Client, photos, encode, write_tar
+) -> None:
+    samples = [(f"{i:02d}", {"jpg": encode(photos[i])}) for i in range(20)]
+    path = write_tar(tmp_path / "in" / "0.tar", samples)
+    other = tmp_path / "other"
+    write_tar(other, [(f"x{i}", {"jpg": encode(p)}) for i, p in enumerate(photos[:40])])
+    if kind != "larger":
+        size = path.stat().st_size
+        other.write_bytes(b"\xaa" * (size if kind == "garbage" else size // 2))
+    pipeline = tiny_pipeline(str(path), Swap(str(path), str(other)))
+    with pytest.raises(ImgcurateError, match="changed"):
+        pipeline.run(str(tmp_path / "OUT"), client=client)
+    assert Manifest.load(str(tmp_path / "OUT")).state == "running"
+
+
+def test_what_killed_processes_left_is_cleared_away(shards: Path, tmp_path: Path, client: Client) -> None:
+    out = tmp_path / "OUT"
+    out.mkdir()
+    (out / ".manifest.json.abc.tmp").touch()
+    result = tiny_pipeline(str(shards / "00000.tar")).run(str(out), client=client)
+    assert result.samples == 18
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_two_runs_do_not_share_a_folder(shards: Path, tmp_path: Path, client: Client) -> None:
+    out = tmp_path / "OUT"
+    out.mkdir()
+    with exclusive(str(out)), pytest.raises(StorageError, match="another run is writing to"):
+        tiny_pipeline(str(shards / "00000.tar")).run(str(out), client=client)
+    assert tiny_pipeline(str(shards / "00000.tar")).run(str(out), client=client).samples == 18
+
+
+class Raises(ProcessingStage):
+    name = "raises"
+    needs = ("image",)
+    adds = {"one": "float32"}
+    views = (PixelView(8, 8),)
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        raise ValueError("boom " + "x" * 5)
+
+
+def test_an_error_names_the_stage_and_the_place(shards: Path, tmp_path: Path, client: Client) -> None:
+    pipeline = tiny_pipeline(str(shards / "00000.tar"), Raises())
+    with pytest.raises(ImgcurateError, match=r"stage raises: ValueError: boom xxxxx \(in .*00000.tar, key 'photo/000'"):
+        pipeline.run(str(tmp_path / "OUT"), client=client)
+
+
+@pytest.mark.parametrize(
+    ("mask", "status", "message"),
+    [(np.arange(3), None, "should hold booleans, not int64"), (np.ones(3, bool), "ok", "with the status 'ok'")],
+)
+def test_drop_refuses_what_it_could_misunderstand(mask: np.ndarray, status: str | None, message: str, shards) -> None:
+    from imgcurate import read_webdataset
+
+    rows = read_webdataset(str(shards / "00000.tar")).compute().iloc[:3]
+    with pytest.raises(ConfigError, match=message):
+        ImageBatch(rows).drop(mask, "because", status=status)
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(StorageError, match="it is no regular file"):
+        open_source(str(tmp_path / "pipe.tar"))
+
+
+def test_a_missing_scheduler_file_is_not_waited_for(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ClusterError, match="there is no scheduler file"),
+        open_client(scheduler=str(tmp_path / "s.json")),
+    ):
+        pass
+
+
+def test_a_scheduler_without_workers_is_an_error(shards: Path, tmp_path: Path) -> None:
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as empty,
+        pytest.raises(ClusterError, match="has no workers"),
+    ):
+        tiny_pipeline(str(shards / "00000.tar")).run(str(tmp_path / "OUT"), client=empty, device="cpu")
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "imgcurate.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_ctrl_c_says_how_to_go_on_and_a_kill_loses_nothing(
+    tmp_path: Path, shards: Path, photos, encode, write_tar
+) -> None:
+    big = [encode(p.resize((700, 600))) for p in photos]
+    for k in range(12):
+        write_tar(tmp_path / "in" / f"{k:02d}.tar", [(f"{k}/{i}", {"jpg": j}) for i, j in enumerate(big)])
+    arguments = ["curate", str(tmp_path / "in" / "*.tar"), "--encoder", "tiny-image", "--workers", "2", "-q", "-o"]
+    whole = start(*arguments, tmp_path / "whole")
+    assert whole.communicate(timeout=120)[1] == ""
+    out = tmp_path / "stopped"
+
+    process = start(*arguments, out)
+    wait_for(lambda: len(list(out.glob("catalog/part-*.parquet"))) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert err.splitlines()[-1] == "imgcurate: stopped: run the same command again to go on"
+    assert "Traceback" not in err
+    assert 2 <= len(list(out.glob("catalog/part-*.parquet"))) < 12
+
+    process = start(*arguments, out)
+    wait_for(lambda: (out / "checkpoint" / "1-SemanticDedupStage").exists(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    final = start(*arguments, out)
+    line, err = final.communicate(timeout=120)
+    assert re.fullmatch(r"720 samples in = 60 kept \+ 660 duplicate\n", line), err
+    assert checksums(out) == checksums(tmp_path / "whole")
+    names = sorted(p.relative_to(out) for p in out.rglob("*"))
+    assert names == sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*"))
+
+
+def test_pillow_is_not_asked_for_what_it_reads_by_accident() -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(out, "PDF")
+    assert probe(out.getvalue()).reason == "not an image: application/pdf"
