@@ -36,8 +36,6 @@ IMAGE_EXTENSIONS: Final = frozenset(
 )
 _META_NAME: Final = re.compile(rb"__[^/]*__($|/)")
 _REMOTE_WINDOW_BYTES: Final = 4 * 1024 * 1024
-# A caption, a JSON file and the header of the next image fit in.
-_LOCAL_WINDOW_BYTES: Final = 3072
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
 _MEMBERS_SHOWN: Final = 8
 
@@ -132,12 +130,12 @@ def index_shard(
     """
     source = open_source(url, storage_options)
     try:
-        scan = scan_tar(source, window_bytes=_LOCAL_WINDOW_BYTES if is_local(url) else _REMOTE_WINDOW_BYTES)
+        scan = scan_tar(source) if is_local(url) else scan_tar(source, window_bytes=_REMOTE_WINDOW_BYTES)
         problems = scan.problems
         samples = _group(scan.members, problems)
         _mark_damage(samples, scan.damage, problems)
         columns = _columns(samples, scan.members, url, shard_number)
-        columns |= {ext: _texts(source, samples, scan.members, ext, problems) for ext in texts}
+        columns |= _texts(source, samples, scan.members, texts, problems)
     finally:
         source.close()
     names = schema.arrow_schema(columns, dict.fromkeys(texts, pa.string()))
@@ -146,20 +144,20 @@ def index_shard(
 
 
 def _group(members: Members, problems: list[Problem]) -> _Samples:
-    kept, keys, exts = _split(members, problems)
-    encoded = exts.dictionary_encode()
-    lowered = [raw.decode("utf-8", "surrogateescape").lower() for raw in encoded.dictionary.to_pylist()]
-    distinct = {ext: i for i, ext in enumerate(dict.fromkeys(lowered))}
-    ext = np.array([distinct[e] for e in lowered], np.int64)[encoded.indices.to_numpy()]
-    encoded = keys.dictionary_encode()
-    key = encoded.indices.to_numpy()
+    kept, key, ext, words = _split(members, problems)
+    found = np.flatnonzero(np.bincount(ext, minlength=len(words)))
+    lowered = [raw[1:-1].decode("utf-8", "surrogateescape").lower() for raw in words.take(found).to_pylist()]
+    exts = {name: i for i, name in enumerate(dict.fromkeys(lowered))}
+    place = np.zeros(len(words), np.int64)
+    place[found] = [exts[name] for name in lowered]
+    ext = place[ext]
     begins = np.diff(key, prepend=-1) != 0
     first, sample = np.flatnonzero(begins), np.cumsum(begins) - 1
-    pairs = np.sort(key * len(distinct) + ext, kind="stable")
-    if len(first) > len(encoded.dictionary) or (pairs[1:] == pairs[:-1]).any():
+    pairs = np.sort(key * len(exts) + ext, kind="stable")
+    if (np.bincount(key[first]) > 1).any() or (pairs[1:] == pairs[:-1]).any():
         first, sample = _group_one_by_one(key.tolist(), ext.tolist(), members, kept, problems)
     order = np.argsort(sample, kind="stable")
-    return _Samples(keys.take(first), list(distinct), kept[order], sample[order], ext[order])
+    return _Samples(words.take(key[first]), list(exts), kept[order], sample[order], ext[order])
 
 
 def _group_one_by_one(
@@ -187,9 +185,12 @@ def _group_one_by_one(
     return np.array(firsts, np.int64), np.array(samples, np.int64)
 
 
-def _split(members: Members, problems: list[Problem]) -> tuple[np.ndarray, pa.Array, pa.Array]:
-    """Return the members that belong to samples, their keys and their extensions; see :func:`split_key`."""
-    # The slashes and dots of all names at once: where they are in the one text that the names make up.
+def _split(members: Members, problems: list[Problem]) -> tuple[np.ndarray, np.ndarray, np.ndarray, pa.Array]:
+    """Return the members that belong to samples, the numbers of their keys and extensions, and all words by number.
+
+    As :func:`split_key`, but for all names at once: they make up one text, in which each is two words,
+    its key, and the rest with the dot before and the zero byte behind.
+    """
     text = np.frombuffer(members.text + b"\0", np.uint8)
     ends = np.flatnonzero(text[:-1] == 0)
     starts = np.append(0, ends[:-1] + 1)[: len(ends)]
@@ -197,25 +198,18 @@ def _split(members: Members, problems: list[Problem]) -> tuple[np.ndarray, pa.Ar
     dots = np.append(np.flatnonzero(text == ord(".")), len(text))
     base = np.maximum(starts, slashes[np.searchsorted(slashes, ends) - 1] + 1)
     dot = np.minimum(dots[np.searchsorted(dots, base)], ends)
-    ext = np.minimum(dot + 1, ends)
+    borders = np.append(np.stack([starts, dot], axis=1), len(members.text))
+    buffers = [None, pa.py_buffer(borders), pa.py_buffer(members.text)]
+    words = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 2 * len(members), buffers).dictionary_encode()
+    numbers = words.indices.to_numpy().astype(np.int64)
     underscores = (text[starts] == ord("_")) & (text[starts + 1] == ord("_"))
-    kept = np.ones(len(members), bool)
-    for i in np.flatnonzero((dot == base) | (ext == ends) | underscores).tolist():
+    belongs = np.ones(len(members), bool)
+    for i in np.flatnonzero((dot == base) | (dot + 1 >= ends) | underscores).tolist():
         name = members.text[starts[i] : ends[i]]
         if (kind := _left_out(name)) is not None:
             problems.append(Problem(int(members.header_offset[i]), kind, f"{shown_name(name)!r} belongs to no sample"))
-            kept[i] = False
-    return np.flatnonzero(kept), _slices(text, starts[kept], dot[kept]), _slices(text, ext[kept], ends[kept])
-
-
-def _slices(text: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.Array:
-    """Return ``text[start:stop]`` for all, which rise and do not overlap, as binary values."""
-    borders = np.stack([starts, stops], axis=1).ravel()
-    inside = np.arange(len(borders) + 1) % 2 == 1
-    data = text[np.repeat(inside, np.diff(borders, prepend=0, append=len(text)))]
-    offsets = np.append(0, np.cumsum(stops - starts))
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(starts), buffers)
+            belongs[i] = False
+    return np.flatnonzero(belongs), numbers[::2][belongs], numbers[1::2][belongs], words.dictionary
 
 
 def _left_out(name: bytes) -> str | None:
@@ -315,18 +309,22 @@ def _shown(text: str) -> str:
     return shown_name(text.encode("utf-8", "surrogateescape"))
 
 
-def _texts(source: Source, samples: _Samples, members: Members, ext: str, problems: list[Problem]) -> pa.Array:
-    values: list[str | None] = [None] * len(samples.keys)
-    rows, ranges = [], []
-    wanted = samples.ext == (samples.exts.index(ext) if ext in samples.exts else -1)
-    for row, i in zip(samples.sample[wanted].tolist(), samples.member[wanted].tolist(), strict=True):
-        size = int(members.size[i])
-        if size > _MAX_TEXT_BYTES:
-            detail = f"{shown_name(members.names[i])!r} has {size:,} bytes: no text column is made of it"
-            problems.append(Problem(int(members.header_offset[i]), "text too long", detail))
-            continue
-        rows.append(row)
-        ranges.append((int(members.data_offset[i]), size))
-    for row, data in zip(rows, read_ranges(source, ranges), strict=True):
-        values[row] = data.decode("utf-8", "replace")
-    return pa.array(values, pa.string())
+def _texts(
+    source: Source, samples: _Samples, members: Members, texts: Sequence[str], problems: list[Problem]
+) -> dict[str, pa.Array]:
+    columns: dict[str, list[str | None]] = {ext: [None] * len(samples.keys) for ext in texts}
+    column_of = [columns.get(ext, []) for ext in samples.exts]
+    wanted = np.flatnonzero(np.array([ext in columns for ext in samples.exts], bool)[samples.ext])
+    wanted = wanted[np.argsort(samples.member[wanted])]
+    too_long = members.size[samples.member[wanted]] > _MAX_TEXT_BYTES
+    for i in samples.member[wanted[too_long]].tolist():
+        detail = f"{shown_name(members.names[i])!r} has {members.size[i]:,} bytes: no text column is made of it"
+        problems.append(Problem(int(members.header_offset[i]), "text too long", detail))
+    wanted = wanted[~too_long]
+    member = samples.member[wanted]
+    ranges = list(zip(members.data_offset[member].tolist(), members.size[member].tolist(), strict=True))
+    # Between two texts lies an image: on a local disk one more read costs less than that.
+    blobs = (source.pread(*r) for r in ranges) if is_local(source.url) else read_ranges(source, ranges)
+    for ext, row, data in zip(samples.ext[wanted].tolist(), samples.sample[wanted].tolist(), blobs, strict=True):
+        column_of[ext][row] = data.decode("utf-8", "replace")
+    return {ext: pa.array(column, pa.string()) for ext, column in columns.items()}

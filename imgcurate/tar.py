@@ -174,7 +174,7 @@ class TarScan:
     damage: Damage | None = None
 
 
-def scan_tar(source: Source, *, window_bytes: int = 4 * BLOCK) -> TarScan:
+def scan_tar(source: Source, *, window_bytes: int = 6 * BLOCK) -> TarScan:
     """List the members of an archive by reading its headers.
 
     Parameters
@@ -182,8 +182,8 @@ def scan_tar(source: Source, *, window_bytes: int = 4 * BLOCK) -> TarScan:
     source : Source
         The archive.
     window_bytes : int
-        Bytes to read at once: little more than a header where a read costs little (a local file),
-        megabytes where it costs a round trip.
+        Bytes to read at once: where a read costs little (a local file), just so many that the header of
+        an image comes with the short files before it; megabytes where a read costs a round trip.
 
     Returns
     -------
@@ -240,15 +240,17 @@ class _Scanner:
         if self._damage is None and not self._ended:
             self._problem(self._size, "no end mark", "the archive ends without two blocks of zeros")
 
-    def _block(self, position: int) -> bytes:
+    def _read(self, position: int, length: int) -> bytes:
         start = position - self._base
-        if start < 0 or start + BLOCK > len(self._buffer):
-            self._buffer, self._base, start = self._source.pread(position, self._window), position, 0
-        return self._buffer[start : start + BLOCK]
+        if start < 0 or start + length > len(self._buffer):
+            self._buffer = self._source.pread(position, max(length, self._window))
+            self._base, start = position, 0
+        return self._buffer[start : start + length]
 
     def _plain_run(self, position: int) -> tuple[int, int]:
         """Take in plain members at once; return where to go on, and up to where one by one."""
-        self._block(position)
+        if self._read(position, BLOCK)[156:157] != b"0":
+            return position, position
         buffer, base, start = self._buffer, self._base, position - self._base
         last_start = len(buffer) - BLOCK
         blocks: list[bytes] = []
@@ -295,7 +297,7 @@ class _Scanner:
 
     def _step(self, position: int) -> int:
         """Take in one header, and return where the next one starts."""
-        block = self._block(position)
+        block = self._read(position, BLOCK)
         if block and not block[0] and not any(block):
             if self._header_offset >= 0:
                 self._no_member()
@@ -380,7 +382,7 @@ class _Scanner:
             raise TarError(
                 f"an extension header of {size:,} bytes, over the limit of {_MAX_EXTENSION_BYTES:,}", position
             )
-        data = self._source.pread(position, size)
+        data = self._read(position, size)
         if len(data) < size:
             raise TarError(
                 f"truncated tar: an extension header needs {size:,} bytes, {len(data):,} are there", position
@@ -432,7 +434,7 @@ class _Scanner:
     def _skip_sparse_map(self, block: bytes, position: int) -> int:
         extended = block[482] != 0
         while extended:
-            more = self._source.pread(position, BLOCK)
+            more = self._read(position, BLOCK)
             if len(more) < BLOCK:
                 raise TarError("truncated tar: the map of a sparse file is cut", position)
             extended, position = more[504] != 0, position + BLOCK

@@ -370,6 +370,26 @@ def test_index_shard_of_what_is_no_tar_is_one_row(data: bytes, tmp_path: Path) -
     assert kinds(index) == ["damaged"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    case=st.sampled_from(sorted(CASES)),
+    at=st.integers(0, 12_000),
+    value=st.binary(min_size=1, max_size=700),
+    cut=st.booleans(),
+)
+def test_index_shard_takes_any_damage(folder: Path, case: str, at: int, value: bytes, cut: bool) -> None:
+    path = write(folder / "damaged.tar", CASES[case], tarfile.GNU_FORMAT)
+    data = path.read_bytes()
+    at %= len(data)
+    path.write_bytes(data[:at] + value + (b"" if cut else data[at + len(value) :]))
+    index = index_shard(str(path), 5, texts=["txt", "json"])
+    index.table.validate(full=True)
+    assert column(index, schema.UID) == [(5 << 32) + i for i in range(len(index.table))]
+    assert column(index, schema.STATUS).count("tar_error") == kinds(index).count("damaged") <= 1
+    for start, nbytes in zip(column(index, schema.OFFSET), column(index, schema.NBYTES), strict=True):
+        assert start + nbytes <= index.nbytes
+
+
 def test_members_parted_by_zeros_or_links_have_spans_of_their_own(tmp_path: Path) -> None:
     one, two = (write(tmp_path / f"{e}.tar", [(f"a.{e}", b"1")]).read_bytes() for e in ("jpg", "txt"))
     path = tmp_path / "a.tar"
