@@ -1,14 +1,13 @@
 """Ways to find near-duplicates among vectors, one per function, each as its project offers it.
 
-Run as a script it does one of them in a process of its own: ``dedup.py METHOD VECTORS.npy OUT.npz``. OUT
-holds ``kept`` (mask), ``seconds`` and ``peak_bytes``, both without imports and without reading the vectors.
+Each takes unit rows, (n, d) float32, and returns the mask of those that stay at ``EPS``. FAISS finds pairs; who
+stays is then decided by the greedy rule, in the order of the rows. imagededup and FAISS are in
+``requirements-dedup.txt``.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -50,12 +49,16 @@ def faiss_ivf(x: np.ndarray) -> np.ndarray:
     """FAISS with as many lists as imgcurate takes clusters, two of them probed."""
     import faiss
 
-    n_lists = max(1, len(x) // 2000)
+    n_lists = n_clusters(len(x))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(x.shape[1]), x.shape[1], n_lists, faiss.METRIC_INNER_PRODUCT)
     index.train(x[: 64 * n_lists] if n_lists > 1 else x)
     index.add(x)
     index.nprobe = 2
     return greedy(range_search(index, x), len(x))
+
+
+def n_clusters(n: int) -> int:
+    return max(1, n // 2000)
 
 
 def range_search(index: object, x: np.ndarray) -> np.ndarray:
@@ -71,12 +74,12 @@ def semdedup(x: np.ndarray) -> np.ndarray:
     """The published rule, as in semdedup.py: per cluster, the largest value above each diagonal entry."""
     from sklearn.cluster import KMeans
 
-    n_clusters = max(1, len(x) // 2000)
-    model = KMeans(n_clusters, n_init=1, max_iter=25, random_state=0).fit(x[: 64 * max(n_clusters, 300)])
+    k = n_clusters(len(x))
+    model = KMeans(k, n_init=1, max_iter=25, random_state=0).fit(x[: max(64 * k, 20_000)])
     centroids = model.cluster_centers_ / np.linalg.norm(model.cluster_centers_, axis=1, keepdims=True)
     labels = np.argmax(x @ centroids.T, axis=1)
     kept = np.ones(len(x), dtype=bool)
-    for cluster in range(n_clusters):
+    for cluster in range(k):
         rows = np.flatnonzero(labels == cluster)
         rows = rows[np.argsort(x[rows] @ centroids[cluster])]
         similarity = np.triu(x[rows] @ x[rows].T, k=1)
@@ -89,9 +92,7 @@ def imagededup(x: np.ndarray) -> np.ndarray:
 
     # Its constructor downloads a network that finding duplicates among given encodings does not use.
     method = CNN.__new__(CNN)
-    import logging
-
-    method.logger = logging.getLogger("imagededup")
+    method.logger, method.verbose = logging.getLogger("imagededup"), False
     encodings = {str(i): row for i, row in enumerate(x)}
     remove = method.find_duplicates_to_remove(encoding_map=encodings, min_similarity_threshold=1 - EPS)
     kept = np.ones(len(x), dtype=bool)
@@ -111,22 +112,5 @@ def greedy(near: np.ndarray, n: int) -> np.ndarray:
 
 
 METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    f.__name__: f
-    for f in (imgcurate, imgcurate_one_probe, brute_force, faiss_exact, faiss_ivf, semdedup, imagededup)
+    f.__name__: f for f in (brute_force, imgcurate, imgcurate_one_probe, faiss_exact, faiss_ivf, semdedup, imagededup)
 }
-
-
-def main() -> None:
-    name, vectors, out = sys.argv[1:]
-    x = np.load(vectors)
-    METHODS[name](x[:200])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    kept = METHODS[name](x)
-    seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    np.savez(out, kept=kept, seconds=seconds, peak_bytes=peak)
-
-
-if __name__ == "__main__":
-    main()
