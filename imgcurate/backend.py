@@ -261,7 +261,7 @@ def why_no_gpu() -> str | None:
         return "torch sees no CUDA device (no GPU, no driver, or a driver too old for this torch)"
     for library in _GPU_LIBRARIES:
         if importlib.util.find_spec(library) is None:
-            return f"{library} is not installed (pip install 'imgcurate[gpu-cu13]', or environment.yml)"
+            return f"{library} is not installed (the README says how, under GPUs)"
     return None
 
 

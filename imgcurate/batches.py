@@ -84,6 +84,7 @@ class ImageBatch:
         self.drops: list[tuple[npt.NDArray[np.bool_] | torch.Tensor, Sequence[str] | str, str | None]] = []
         self._images = dict(images or {})
         self._columns: dict[str, Any] = dict(columns or {})
+        self.given = frozenset(self._columns)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -122,6 +123,11 @@ class ImageBatch:
             raise ConfigError(f"column {column!r} has {len(values)} values for {len(self.rows)} samples")
         is_matrix = isinstance(values, np.ndarray) and values.ndim == 2
         self._columns[column] = torch.as_tensor(values, device=self.device) if is_matrix else values
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """Names of the columns that the batch was given as tensors and that stages set."""
+        return tuple(self._columns)
 
     @property
     def columns(self) -> tuple[str, ...]:

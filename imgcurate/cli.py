@@ -124,11 +124,10 @@ def curate(
     dedup: Annotated[bool, typer.Option("--dedup/--no-dedup", help="Remove semantic duplicates.")] = True,
     eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
     n_clusters: Annotated[int | None, typer.Option(min=1, help="Clusters for dedup; chosen if not given.")] = None,
-    which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of a group.")] = "hard",
+    which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of equals.")] = "hard",
     keep_by: Annotated[
-        list[str] | None,
-        typer.Option(help="Columns that decide first who stays, such as --keep-by=-width*height; repeatable."),
-    ] = None,
+        list[str], typer.Option(help="What decides first who stays; repeatable. '-' prefers the larger.")
+    ] = ["-width*height", "-nbytes"],  # noqa: B006 - typer copies it
     reference: Annotated[
         list[str] | None, typer.Option(help="Finished run whose kept samples stay kept; repeatable.")
     ] = None,
@@ -158,7 +157,7 @@ def curate(
         stages.append(
             SemanticDedupStage(
                 eps=eps, n_clusters=n_clusters if n_clusters is not None else "auto", which_to_keep=which_to_keep,
-                keep_by=keep_by or (), reference=reference or (),
+                keep_by=keep_by, reference=reference or (),
             )
         )  # fmt: skip
     pipeline = _pipeline(inputs, stages, images_per_tar, files_per_partition, batch_size)
@@ -179,6 +178,8 @@ def run(
     """Run a pipeline that a YAML file describes."""
     from imgcurate.config import load_config
 
+    # Stages of one's own are imported from where the command runs, as Python does it.
+    sys.path.insert(0, str(Path.cwd()))
     config = load_config(pipeline)
     result = _run(
         config.pipeline(), output, device or config.device, workers or config.workers,
@@ -245,22 +246,23 @@ def _run(
     quiet: bool,
 ) -> Any:
     from imgcurate.backend import get_backend, why_no_gpu
-    from imgcurate.cluster import open_client
 
-    plan = pipeline.plan()
+    pipeline.plan()
     if scheduler is None:
         backend = get_backend(device)
         if device == "auto" and not backend.is_gpu and not quiet:
             typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
-    tasks_per_gpu = max(1, round(1 / plan.reader.num_gpus_per_worker))
     try:
-        with (
-            open_client(device=device, n_workers=workers, scheduler=scheduler, tasks_per_gpu=tasks_per_gpu) as client,
-            _progress(quiet) as progress,
-        ):
-            return pipeline.run(output, client=client, device=device, overwrite=overwrite, progress=progress)
+        with _progress(quiet) as progress:
+            result = pipeline.run(
+                output, scheduler=scheduler, device=device, n_workers=workers, overwrite=overwrite, progress=progress
+            )
     except KeyboardInterrupt as exc:
         raise _StoppedError from exc
+    if not quiet and not result.shards:
+        why = "nothing was kept" if not result.kept else "the pipeline has no ImageWriterStage"
+        typer.echo(f"no shards were written: {why}", err=True)
+    return result
 
 
 @contextmanager

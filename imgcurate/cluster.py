@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -63,7 +65,7 @@ def open_client(
     Raises
     ------
     ConfigError
-        If `n_workers` is not positive.
+        If `n_workers` is not positive, or a script calls this without ``if __name__ == "__main__":``.
     DeviceError
         If a GPU is asked for and is not usable here.
     ClusterError
@@ -75,6 +77,7 @@ def open_client(
         with _connect(scheduler, security) as client:
             yield client
         return
+    _check_main_guard()
     backend = get_backend(device)
     if backend.is_gpu:
         cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
@@ -95,6 +98,30 @@ def _closing(resource: Any) -> Iterator[Any]:
             resource.close()
         except (TimeoutError, OSError, RuntimeError) as exc:
             logger.info("closing %s: %r", type(resource).__name__, exc)
+
+
+def _check_main_guard() -> None:
+    """Refuse to start workers from a script's top level: each would run the script again, without end."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+    path = frame.f_globals.get("__file__")
+    if frame.f_code.co_name != "<module>" or frame.f_globals.get("__name__") != "__main__" or not path:
+        return
+    try:
+        tree = ast.parse(Path(path).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    for node in tree.body:
+        if node.lineno <= frame.f_lineno <= (node.end_lineno or node.lineno):
+            names = (
+                {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)} if isinstance(node, ast.If) else set()
+            )
+            if "__name__" not in names:
+                raise ConfigError(
+                    f"{path}, line {frame.f_lineno}: workers are processes that import this script again, so what "
+                    'starts them must stand under: if __name__ == "__main__":'
+                )
 
 
 def _ignore_interrupts() -> None:

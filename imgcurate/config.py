@@ -135,6 +135,12 @@ def load_config(path: str | Path) -> RunConfig:
         return RunConfig(**content)
     except ValidationError as exc:
         error = exc.errors()[0]
+        place = error["loc"]
+        if place[0] == "stages" and len(place) > 1:
+            raise ConfigError(
+                f"{path}: stages[{place[1]}] should be the name of a stage, or a name with its parameters "
+                f"indented under it, not {content['stages'][int(place[1])]!r}"
+            ) from exc
         where = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("list[", "dict[", "str")))
         hint = nearest(str(error["loc"][0]), RunConfig.model_fields) if error["type"] == "extra_forbidden" else ""
         raise ConfigError(f"{path}: {where}: {error['msg']}{hint}") from exc
@@ -166,6 +172,10 @@ def _make_stage(number: int, entry: str | Mapping[str, Mapping[str, Any] | None]
 def _find_stage(number: int, name: str) -> type[Stage]:
     if name in STAGES:
         return STAGES[name]
+    if name == FilePartitioningStage.__name__:
+        raise ConfigError(
+            f"stages[{number}]: what is read is said by 'inputs' and 'files_per_partition', not by a stage"
+        )
     if "." not in name:
         raise ConfigError(f"stages[{number}]: unknown stage {name!r}{nearest(name, STAGES)}")
     module, _, attribute = name.rpartition(".")

@@ -162,7 +162,7 @@ def check_demo(truth: DemoTruth, result: Any) -> DemoFindings:
 
 def _photos() -> Iterator[tuple[str, Image.Image]]:
     if find_spec("skimage") is None:
-        raise ConfigError("the demo uses the photos of scikit-image: pip install 'imgcurate[demo]'")
+        raise ConfigError("the demo uses the photos of scikit-image: pip install scikit-image")
     folders = [(_package_folder("skimage") / "data"), _package_folder("sklearn") / "datasets" / "images"]
     for folder in folders:
         for path in sorted(folder.iterdir()):
@@ -176,7 +176,7 @@ def _photos() -> Iterator[tuple[str, Image.Image]]:
 def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"{package} is not installed: pip install 'imgcurate[demo]'")
+        raise ConfigError(f"{package} is not installed: pip install scikit-image")
     return Path(spec.origin).parent
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -36,10 +37,20 @@ def result_frame(number: int, result: dict[str, Any]) -> pd.DataFrame:
 def number_frame(numbers: Sequence[int]) -> dd.DataFrame:
     """Return a frame of the given partition numbers, one per partition, to go beside another frame."""
     meta = pd.DataFrame({"number": pd.Series(dtype="int64")})
-    return dd.from_map(_one_number, list(numbers), meta=meta, enforce_metadata=False, label="number")
+    return dd.from_map(_one_number, list(numbers), once=_once(), meta=meta, enforce_metadata=False, label="number")
 
 
-def _one_number(number: int) -> pd.DataFrame:
+def _once() -> str:
+    """Return what makes the keys of a graph its own.
+
+    Dask remembers a task that failed by its key as long as anybody holds its future, such as the
+    traceback of the last error in a notebook: the same work again would fail without being tried.
+    """
+    return uuid.uuid4().hex
+
+
+def _one_number(number: int, once: str) -> pd.DataFrame:
+    del once
     return pd.DataFrame({"number": [number]})
 
 
@@ -48,12 +59,15 @@ def call_frame(
 ) -> dd.DataFrame:
     """Return a frame whose partitions are ``function(item, **kwargs)``, for :func:`run_waves`."""
     return dd.from_map(
-        _call, list(numbers), list(items), function=function, kwargs=kwargs,
+        _call, list(numbers), list(items), function=function, kwargs=kwargs, once=_once(),
         meta=RESULT_META, enforce_metadata=False, label=function.__name__.strip("_"),
     )  # fmt: skip
 
 
-def _call(number: int, item: Any, function: Callable[..., dict[str, Any]], kwargs: dict[str, Any]) -> pd.DataFrame:
+def _call(
+    number: int, item: Any, function: Callable[..., dict[str, Any]], kwargs: dict[str, Any], once: str
+) -> pd.DataFrame:
+    del once
     return result_frame(number, function(item, **kwargs))
 
 

@@ -1,108 +1,24 @@
-"""Plan, run and resume a curation: stages -> catalog -> shards."""
+"""Stages in a row, planned, run and resumed."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
-import logging
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
 
-import dask.dataframe as dd
-import pandas as pd
-import pyarrow as pa
 from distributed import Client
 
-from imgcurate import schema
-from imgcurate.backend import Backend
-from imgcurate.catalog import Catalog, Manifest, fingerprint
+from imgcurate.backend import get_backend
 from imgcurate.cluster import cluster_device, open_client
-from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, InputError
-from imgcurate.execution import RESULT_META, Progress, call_frame, number_frame, result_frame, run_waves
-from imgcurate.export import OutputShard, kept_counts, plan_shards, shard_name, write_shard
-from imgcurate.frame import ShardGroup, frame_of_groups, group_shards
-from imgcurate.plan import Phase, Plan, make_plan
-from imgcurate.stages.base import DatasetStage, Stage, columns_added, stage_config
-from imgcurate.stages.executor import apply_stages
-from imgcurate.storage import (
-    exclusive,
-    expand_urls,
-    file_size,
-    free_bytes,
-    is_local,
-    join_url,
-    list_files,
-    local_path,
-    make_folder,
-    modified,
-    read_bytes,
-    remove_temporary_files,
-    remove_tree,
-)
+from imgcurate.errors import ConfigError
+from imgcurate.execution import Progress
+from imgcurate.plan import Plan, make_plan
+from imgcurate.results import Result
+from imgcurate.runner import Run
+from imgcurate.stages.base import Stage
+from imgcurate.storage import is_local, local_path
 
 __all__ = ["Pipeline", "Result"]
-
-# Parameters that change how fast a run is, or where its files lie, and not what comes out.
-_NOT_IN_FINGERPRINT: Final = frozenset(
-    {"num_threads", "num_gpus_per_worker", "storage_options", "model_dir", "output_dir", "file_paths"}
-)
-_PACKAGES: Final = ("torch", "open_clip_torch", "pillow", "numpy", "scikit-learn")
-_MIN_FREE_BYTES: Final = 64 * 1024**2
-_STAT_THREADS: Final = 16
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run did.
-
-    Attributes
-    ----------
-    output_dir : str
-        The run's output folder.
-    samples : int
-        Input samples.
-    counts : dict of str to int
-        Samples by status; ``ok`` are those that were kept.
-    shards : list of str
-        URLs of the output shards, in order.
-    """
-
-    output_dir: str
-    samples: int
-    counts: dict[str, int]
-    shards: list[str]
-    _catalog: Catalog = field(repr=False)
-
-    @property
-    def kept(self) -> int:
-        """Samples that were kept."""
-        return self.counts.get(schema.STATUS_OK, 0)
-
-    @property
-    def catalog(self) -> dd.DataFrame:
-        """The catalog as a lazy Dask DataFrame: one row per input sample."""
-        return self._catalog.frame(device="cpu")
-
-    @property
-    def dedup(self) -> list[dict[str, Any]]:
-        """What each dedup stage found: ``n_clusters``, ``eps``, and the ``curve`` of what stays over eps."""
-        folder = join_url(self.output_dir, "dedup")
-        names = list_files(folder, ".json")
-        return [json.loads(read_bytes(join_url(folder, name))) for name in names]
-
-    def accounting(self) -> str:
-        """Return the line that accounts for every sample."""
-        dropped = {k: v for k, v in sorted(self.counts.items()) if k != schema.STATUS_OK}
-        parts = [f"{self.kept:,} kept", *(f"{v:,} {k}" for k, v in dropped.items())]
-        return f"{self.samples:,} samples in = {' + '.join(parts)}"
 
 
 class Pipeline:
@@ -142,6 +58,7 @@ class Pipeline:
         output_dir: str | None = None,
         *,
         client: Client | None = None,
+        scheduler: str | None = None,
         device: str = "auto",
         n_workers: int | None = None,
         overwrite: bool = False,
@@ -156,6 +73,8 @@ class Pipeline:
             holds the same run (same inputs, parameters and weights), only what is missing is done.
         client : distributed.Client, optional
             A cluster to run on; by default a local one is started and closed.
+        scheduler : str, optional
+            Address or file of a running scheduler, instead of `client`.
         device : {"auto", "cpu", "gpu"}
             What the workers compute on.
         n_workers : int, optional
@@ -186,296 +105,16 @@ class Pipeline:
         if folder is None:
             raise ConfigError("no output folder: name it in run(output_dir) or ImageWriterStage(output_dir)")
         folder = str(Path(local_path(folder)).absolute()) if is_local(folder) else folder
+        run = Run(plan, self.stages, folder, progress)
         with contextlib.ExitStack() as stack:
-            if client is None:
+            if client is None and scheduler is None:
+                run.device = get_backend(device).name
+                if (finished := run.finished(overwrite=overwrite)) is not None:
+                    return finished
                 tasks_per_gpu = max(1, round(1 / plan.reader.num_gpus_per_worker))
-                client = stack.enter_context(
-                    open_client(device=device, n_workers=n_workers, tasks_per_gpu=tasks_per_gpu)
-                )
-            run = _Run(plan, self.stages, folder, client, cluster_device(client, device), progress)
-            return run.execute(overwrite=overwrite)
-
-
-class _Run:
-    """One execution of a plan on a cluster."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        stages: Sequence[Stage],
-        folder: str,
-        client: Client,
-        device: str,
-        progress: Progress | None,
-    ) -> None:
-        self.plan, self.stages, self.folder = plan, stages, folder
-        self.client, self.device, self.progress = client, device, progress
-        self.options = plan.source.storage_options
-        self.urls = _without_output(expand_urls(plan.source.file_paths, self.options), folder)
-        self.groups = group_shards(self.urls, plan.source.files_per_partition)
-        self.timings_s: dict[str, float] = {}
-
-    def execute(self, *, overwrite: bool) -> Result:
-        config = self._config()
-        make_folder(self.folder)
-        with exclusive(self.folder):
-            return self._execute(self._open(config, overwrite=overwrite))
-
-    def _execute(self, manifest: Manifest) -> Result:
-        catalog = Catalog(self.folder, len(self.groups))
-        if manifest.state != "done":
-            catalog = self._run_phases(catalog)
-            counts = self._count(catalog)
-            manifest.counts, manifest.samples = dict(sorted(counts.items())), sum(counts.values())
-            if self.plan.writer:
-                manifest.shards = self._export(catalog, self.plan.writer.images_per_tar)
-            self._merge(catalog)
-            self._check(manifest)
-            self._check_inputs(manifest)
-            manifest.state, manifest.timings_s = "done", self.timings_s
-            manifest.save(self.folder)
-            catalog.remove_checkpoints()
-            remove_temporary_files(self.folder)
-        final = Catalog(self.folder, len(self.groups))
-        shards = [join_url(self.folder, "shards", s["name"]) for s in manifest.shards]
-        return Result(self.folder, manifest.samples, manifest.counts, shards, final)
-
-    def _config(self) -> dict[str, Any]:
-        with self._timed("prepare"):
-            inputs = self._inputs()
-            stages = [{**stage_config(s), **s.fingerprint()} for s in self.stages]
-        stages = [{k: v for k, v in s.items() if k not in _NOT_IN_FINGERPRINT} for s in stages]
-        versions = {p: importlib.metadata.version(p) for p in _PACKAGES}
-        return {
-            "imgcurate": importlib.metadata.version("imgcurate"),
-            "device": self.device,
-            "stages": stages,
-            "versions": versions,
-            "inputs": inputs,
-        }
-
-    def _inputs(self) -> list[dict[str, Any]]:
-        """Return what the input shards are: URL, size and state of each."""
-
-        def describe(url: str) -> dict[str, Any]:
-            return {"url": url, "nbytes": file_size(url, self.options), "modified": modified(url, self.options)}
-
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:
-            return list(pool.map(describe, self.urls))
-
-    def _check_inputs(self, manifest: Manifest) -> None:
-        """Refuse to call a run done whose inputs changed under it: it may hold some of both states."""
-        for before, now in zip(manifest.config["inputs"], self._inputs(), strict=True):
-            if before != now:
-                raise ImgcurateError(
-                    f"{now['url']} changed while the run was going on, so its output cannot be relied on: "
-                    "run again with --overwrite"
-                )
-
-    def _open(self, config: dict[str, Any], *, overwrite: bool) -> Manifest:
-        """Start a run in the output folder, or find the one that is to go on."""
-        digest = fingerprint(config)
-        manifest = Manifest.load(self.folder)
-        if manifest is not None and manifest.fingerprint != digest and not overwrite and manifest.state != "clearing":
-            raise ConfigError(
-                f"{self.folder} holds another run ({difference(manifest.config, config)}): "
-                "name another output folder, or overwrite it (--overwrite)"
-            )
-        names = [n for n in list_files(self.folder, "") if not (n.startswith(".") and n.endswith(".tmp"))]
-        if manifest is None and names:
-            raise ConfigError(f"{self.folder} is not empty and holds no run of imgcurate: name another output folder")
-        if manifest is not None and (manifest.fingerprint != digest or manifest.state == "clearing"):
-            # Said first, so that a run which is killed now does not pass for the old one.
-            manifest.state = "clearing"
-            manifest.save(self.folder)
-            for name in ("catalog", "checkpoint", "dedup", "shards"):
-                remove_tree(join_url(self.folder, name))
-            manifest = None
-        remove_temporary_files(self.folder)
-        if manifest is None:
-            free = free_bytes(self.folder)
-            if free is not None and free < _MIN_FREE_BYTES:
-                raise ImgcurateError(f"only {free:,} bytes are free on the disk of {self.folder}")
-            manifest = Manifest(digest, config, len(self.groups))
-            manifest.save(self.folder)
-        return manifest
-
-    def _run_phases(self, catalog: Catalog) -> Catalog:
-        for number, phase in enumerate(self.plan.phases):
-            with self._timed(phase.name):
-                if number == 0:
-                    catalog.make_folders()
-                    read = partial(self._read_frame, catalog=catalog)
-                    self._waves(phase.name, catalog.missing_parts(), read)
-                    continue
-                before, catalog = catalog, catalog.with_phase(phase.name)
-                catalog.make_folders()
-                missing = catalog.missing_deltas()
-                if missing:
-                    self._waves(phase.name, missing, self._later_phase(phase, before, catalog))
-        return catalog
-
-    def _read_frame(self, numbers: list[int], catalog: Catalog) -> dd.DataFrame:
-        """Return the frame that reads, decodes, scores and writes some partitions: one task each."""
-        reader = self.plan.reader
-        groups: list[ShardGroup] = [self.groups[n] for n in numbers]
-        ddf = frame_of_groups(
-            groups, text_columns=reader.text_columns, device=self.device, storage_options=self.options
-        )
-        stages = self.plan.phases[0].batch_stages
-        if stages:
-            ddf = apply_stages(ddf, stages, reader=reader, device=self.device, storage_options=self.options)
-        return _written(ddf, numbers, catalog, schema.arrow_schema(ddf.columns, self.plan.types), delta=False)
-
-    def _later_phase(self, phase: Phase, before: Catalog, after: Catalog) -> Callable[[list[int]], dd.DataFrame]:
-        """Return what builds the frame of a later phase for some partitions."""
-        columns = [schema.STATUS, schema.REASON, *(c for s in phase.stages for c in columns_added(s))]
-        out = schema.arrow_schema(columns, self.plan.types)
-        if phase.is_dataset:
-            stage = phase.stages[0]
-            assert isinstance(stage, DatasetStage)  # noqa: S101 - Phase.is_dataset says so
-            whole = self._process_dataset(stage, phase, before)
-
-            def build(numbers: list[int]) -> dd.DataFrame:
-                return _written(whole.partitions[numbers], numbers, after, out, delta=True)
-
-        else:
-
-            def build(numbers: list[int]) -> dd.DataFrame:
-                ddf = before.frame(device=self.device).partitions[numbers]
-                ddf = apply_stages(ddf, phase.batch_stages, device=self.device)
-                return _written(ddf, numbers, after, out, delta=True)
-
-        return build
-
-    def _process_dataset(self, stage: DatasetStage, phase: Phase, before: Catalog) -> dd.DataFrame:
-        run_on_catalog = getattr(stage, "process_catalog", None)
-        with self.client.as_current():
-            if run_on_catalog is not None:
-                scratch = join_url(before.checkpoint_folder, f"{phase.name}-scratch")
-                ddf = run_on_catalog(
-                    before, scratch_dir=scratch, client=self.client, device=self.device, progress=self.progress
-                )
+                local = open_client(device=run.device, n_workers=n_workers, tasks_per_gpu=tasks_per_gpu)
+                run.client = stack.enter_context(local)
             else:
-                ddf = stage.process_dataset(before.frame(device=self.device))
-        if ddf.npartitions != before.n_parts:
-            raise ConfigError(
-                f"stage {stage.name} returned {ddf.npartitions} partitions for {before.n_parts}: it must keep "
-                "rows and partitions, and set 'status' of the rows to drop"
-            )
-        return ddf
-
-    def _waves(
-        self, phase: str, numbers: Sequence[int], build: Callable[[list[int]], dd.DataFrame]
-    ) -> dict[int, dict[str, Any]]:
-        return run_waves(self.client, build, numbers, phase=phase, resources=self._resources(), progress=self.progress)
-
-    def _resources(self) -> dict[str, float] | None:
-        if self.device != "gpu":
-            return None
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        declared = workers and all("GPU" in w["resources"] for w in workers)
-        return {"GPU": self.plan.reader.num_gpus_per_worker} if declared else None
-
-    def _count(self, catalog: Catalog) -> Counter[str]:
-        """Count the rows by status, from the files, so that a resumed run counts all."""
-        numbers = list(range(catalog.n_parts))
-        results = self._waves("count", numbers, lambda n: call_frame(_count_part, n, n, catalog=catalog))
-        self._kept = [results[n].get(schema.STATUS_OK, 0) for n in numbers]
-        total: Counter[str] = Counter()
-        for result in results.values():
-            total.update(result)
-        return total
-
-    def _export(self, catalog: Catalog, images_per_tar: int) -> list[dict[str, Any]]:
-        folder = join_url(self.folder, "shards")
-        make_folder(folder)
-        shards = plan_shards(self._kept, images_per_tar)
-        there = set(list_files(folder, ".parquet"))
-        done = {s.number for s in shards if f"{shard_name(s.number)}.parquet" in there}
-
-        def build(numbers: list[int]) -> dd.DataFrame:
-            todo: list[OutputShard] = [shards[n] for n in numbers]
-            return call_frame(write_shard, numbers, todo, catalog=catalog, folder=folder, read_options=self.options)
-
-        with self._timed("write"):
-            results = self._waves("write", [s.number for s in shards if s.number not in done], build)
-        for number in done:
-            name = f"{shard_name(number)}.tar"
-            results[number] = {
-                "name": name,
-                "samples": shards[number].samples,
-                "nbytes": file_size(join_url(folder, name)),
-            }
-        return [results[s.number] for s in shards]
-
-    def _merge(self, catalog: Catalog) -> None:
-        if catalog.phases:
-            with self._timed("merge"):
-                numbers = range(catalog.n_parts)
-                self._waves("merge", numbers, lambda n: call_frame(_merge_part, n, n, catalog=catalog))
-
-    def _check(self, manifest: Manifest) -> None:
-        written = sum(s["samples"] for s in manifest.shards)
-        kept = manifest.counts.get(schema.STATUS_OK, 0)
-        if self.plan.writer and written != kept:
-            raise CatalogError(f"{kept} samples were kept and {written} written: please report this bug")
-
-    @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.timings_s[name] = round(time.perf_counter() - start, 3)
-
-
-def _written(ddf: dd.DataFrame, numbers: list[int], catalog: Catalog, out: pa.Schema, *, delta: bool) -> dd.DataFrame:
-    """Write each partition of a frame to the catalog; what comes back are counts by status."""
-    return dd.map_partitions(
-        _write_part, ddf, number_frame(numbers), catalog, out, delta, meta=RESULT_META, align_dataframes=False
-    )
-
-
-def _write_part(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Schema, delta: bool) -> pd.DataFrame:
-    number = int(numbers["number"].iloc[0])
-    backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
-    table = backend.frame_to_arrow(frame, out)
-    (catalog.write_delta if delta else catalog.write_part)(number, table)
-    return result_frame(number, kept_counts(table))
-
-
-def _count_part(number: int, catalog: Catalog) -> dict[str, Any]:
-    return kept_counts(catalog.read(number, [schema.STATUS]))
-
-
-def _merge_part(number: int, catalog: Catalog) -> dict[str, Any]:
-    catalog.merge(number)
-    return {}
-
-
-def _without_output(urls: list[str], folder: str) -> list[str]:
-    """Return the inputs but for those that a pattern found in the output folder itself."""
-    inside = [url for url in urls if url.startswith(folder.rstrip("/") + "/")]
-    if len(inside) == len(urls):
-        raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
-    if inside:
-        logger.warning("%d inputs lie in the output folder and are left out: %s ...", len(inside), inside[0])
-    return [url for url in urls if url not in set(inside)]
-
-
-def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
-    """Name the first place where two configurations differ, with both values."""
-    for key in sorted({*old, *new}):
-        a, b, where = old.get(key), new.get(key), f"{path}{key}"
-        if a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            return difference(a, b, f"{where}.")
-        if isinstance(a, list) and isinstance(b, list):
-            if len(a) == len(b):
-                i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
-                if isinstance(a[i], dict) and isinstance(b[i], dict):
-                    return difference(a[i], b[i], f"{where}[{i}].")
-                return f"{where}[{i}]: {a[i]} there, {b[i]} asked for"
-            return f"{where}: {len(a)} there, {len(b)} asked for"
-        return f"{where}: {a} there, {b} asked for"
-    return "the same configuration"
+                run.client = client or stack.enter_context(open_client(scheduler=scheduler))
+                run.device = cluster_device(run.client, device)
+            return run.execute(overwrite=overwrite)

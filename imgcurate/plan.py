@@ -32,6 +32,11 @@ class Phase:
     stages: tuple[Stage, ...]
 
     @property
+    def label(self) -> str:
+        """The name without its number, for people."""
+        return self.name.split("-", 1)[1]
+
+    @property
     def is_dataset(self) -> bool:
         """Whether the phase is one stage over the whole data set."""
         return bool(self.stages) and isinstance(self.stages[0], DatasetStage)

@@ -143,6 +143,9 @@ class RemoteSource:
 
         def read() -> bytes:
             data: bytes = self._fs.cat_file(self._path, start=offset, end=end)
+            if len(data) == self.size > end - offset:
+                # A server that does not know ranges sends the whole file.
+                return data[offset:end]
             if len(data) != end - offset:
                 raise OSError(f"short read: {len(data)} of {end - offset} bytes")
             return data
@@ -185,7 +188,7 @@ def expand_urls(
     if isinstance(patterns, (str, os.PathLike)):
         patterns = [patterns]
     urls: set[str] = set()
-    for pattern in [os.fspath(p) for p in patterns]:
+    for pattern in map(_expanduser, patterns):
         if is_local(pattern) and Path(local_path(pattern)).exists():
             urls.add(str(Path(local_path(pattern)).absolute()))
             continue
@@ -200,6 +203,11 @@ def expand_urls(
     if not urls:
         raise InputError("no input was given: expected tar shards, as paths, URLs or patterns")
     return sorted(urls)
+
+
+def _expanduser(pattern: str | os.PathLike[str]) -> str:
+    text = os.fspath(pattern)
+    return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 def _glob(pattern: str, storage_options: StorageOptions | None) -> list[str]:
@@ -258,8 +266,11 @@ def file_size(url: str, storage_options: StorageOptions | None = None) -> int:
     except FileNotFoundError as exc:
         raise InputError(f"no such input: {url}") from exc
     except StorageError as exc:
-        if isinstance(exc.__cause__, FileNotFoundError):
-            raise InputError(f"no such input: {url}") from exc
+        cause = exc.__cause__
+        if isinstance(cause, FileNotFoundError):
+            # fsspec says the same of a server that cannot be reached, and keeps why.
+            why = f": {cause.__cause__}" if isinstance(cause.__cause__, OSError) else ""
+            raise InputError(f"no such input: {url}{why}") from exc
         raise
     return source.size
 
@@ -440,8 +451,8 @@ def _filesystem(url: str, storage_options: StorageOptions | None) -> tuple[Any, 
         return fsspec.core.url_to_fs(url, **(storage_options or {}))  # type: ignore[no-any-return]
     except ImportError as exc:
         protocol = url.split("://", 1)[0]
-        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(protocol, "http")
-        raise ConfigError(f"{url}: {exc}. pip install 'imgcurate[{extra}]'") from exc
+        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(protocol, "aiohttp requests")
+        raise ConfigError(f"{url}: {exc}. pip install {package}") from exc
     except ValueError as exc:
         raise ConfigError(f"{url}: {exc}") from exc
 

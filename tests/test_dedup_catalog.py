@@ -283,3 +283,14 @@ def test_a_reference_must_be_a_finished_run_of_the_same_encoder(tmp_path: Path, 
     folder = finished_run(tmp_path / "other", [theirs])
     with pytest.raises(EncoderMismatchError, match="has embeddings of ViT-L-14/openai, and the data set of tiny-image"):
         semantic_dedup(frame_of(ours, 1), reference=[folder])
+
+
+def test_a_scratch_folder_may_be_used_again(tmp_path: Path, rows: pa.Table, client: Client) -> None:
+    scratch = str(tmp_path / "scratch")
+    removed = [
+        (semantic_dedup(frame_of(rows, 2), eps=eps, scratch_dir=scratch).compute().status == "duplicate").sum()
+        for eps in (0.01, 0.1)
+    ]
+    assert removed[0] < removed[1]
+    half = semantic_dedup(frame_of(rows.slice(0, 250), 3), eps=0.1, scratch_dir=scratch).compute()
+    assert len(half) == 250

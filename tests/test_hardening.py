@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -302,3 +303,49 @@ def test_pillow_is_not_asked_for_what_it_reads_by_accident() -> None:
     out = io.BytesIO()
     Image.new("RGB", (4, 4)).save(out, "PDF")
     assert probe(out.getvalue()).reason == "not an image: application/pdf"
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path, shards: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from imgcurate import *\n"
+        f"stages = [FilePartitioningStage({str(shards / '00000.tar')!r}), ImageReaderStage(), ImageWriterStage()]\n"
+        "Pipeline(stages).run('OUT', device='cpu')\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith('what starts them must stand under: if __name__ == "__main__":')
+    script.write_text(script.read_text().replace("Pipeline(", "if __name__ == '__main__':\n    Pipeline("))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+class Undeclared(Raises):
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        batch["one"] = np.ones(len(batch))
+        batch["two"] = np.ones(len(batch))
+        return batch
+
+
+def test_a_column_that_is_not_declared_is_not_dropped_silently(shards: Path, tmp_path: Path, client: Client) -> None:
+    pipeline = tiny_pipeline(str(shards / "00000.tar"), Undeclared())
+    with pytest.raises(ConfigError, match="sets the column 'two', which it does not declare in 'adds'"):
+        pipeline.run(str(tmp_path / "OUT"), client=client)
+    # Nothing was finished, so another pipeline may have the folder.
+    assert tiny_pipeline(str(shards / "00000.tar")).run(str(tmp_path / "OUT"), client=client).samples == 18
+
+
+def test_a_server_that_does_not_know_ranges_is_understood(tmp_path: Path, shards: Path) -> None:
+    import http.server
+    import threading
+
+    from imgcurate.shards import index_shard
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/00000.tar"
+        found = index_shard(url, 0).table
+        server.shutdown()
+    expected = index_shard(str(shards / "00000.tar"), 0).table
+    assert found.drop_columns("shard").equals(expected.drop_columns("shard"))

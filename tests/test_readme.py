@@ -106,6 +106,21 @@ def test_frame_example_keeps_the_same_samples(folder: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_yaml_example(folder: Path) -> None:
+    """The file of the README runs, with its own stage beside it, and keeps what Python keeps."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (code,) = (c for c in code_blocks() if "(ProcessingStage)" in c)
+    (folder / "mystages.py").write_text(code)
+    (folder / "pipeline.yaml").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "imgcurate.cli", "run", "pipeline.yaml", "-o", "OUT4", "-q"],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"72 samples in = \d+ kept( \+ \d+ (aesthetic|dark|duplicate))+\n", done.stdout)
+
+
 def test_custom_stage_example(folder: Path) -> None:
     (code,) = (c for c in code_blocks() if "(ProcessingStage)" in c)
     use = """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -111,6 +113,18 @@ def identity(model: str, pretrained: str, model_dir: str | None = None) -> str:
     return find(model, pretrained, model_dir).identity
 
 
+@contextlib.contextmanager
+def _without_root_warnings() -> Iterator[None]:
+    """Keep open_clip from warning that a model is random, which then gets its weights."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def load(weights: ClipWeights) -> Any:
     """Build the open_clip model and load its weights, without running any code from the file.
 
@@ -122,7 +136,7 @@ def load(weights: ClipWeights) -> Any:
     import open_clip
     from open_clip.factory import load_checkpoint
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_root_warnings():
         torch.manual_seed(0)
         model = open_clip.create_model(
             weights.model, load_weights=False, pretrained_text=False, force_quick_gelu=weights.quick_gelu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -169,8 +170,9 @@ def semantic_dedup(
     eps : float
         Samples are duplicates where their cosine similarity is >= 1 - eps.
     scratch_dir : str, optional
-        Folder or fsspec URL that all workers can write to; what lies there stays as long as the result
-        is used. By default a temporary folder of this machine, deleted when Python ends.
+        Folder or fsspec URL that all workers can write to. Each call makes a folder in it, which must stay
+        as long as the result is used, and is yours to delete. By default a temporary folder of this
+        machine, deleted when Python ends.
     device : {"auto", "cpu", "gpu"}
         Where.
     **parameters
@@ -209,6 +211,8 @@ def _dedup_frame(
         scratch_dir = tempfile.mkdtemp(prefix="imgcurate-dedup-")
         atexit.register(shutil.rmtree, scratch_dir, ignore_errors=True)
     types = {c: t for c, t in frame_types(ddf).items() if c not in _added(reference)}
+    # A folder of its own for each call: what another one left there has other rows or parameters.
+    scratch_dir = join_url(scratch_dir, f"dedup-{uuid.uuid4().hex[:12]}")
     spooled = Catalog(join_url(scratch_dir, "frame"), ddf.npartitions)
     spooled.make_folders()
     out = schema.arrow_schema(types, types)

@@ -86,6 +86,7 @@ class Program:
                 current = _process(stage, current)
                 if not isinstance(current, ImageBatch) or len(current) != len(positions):
                     raise ConfigError(f"stage {stage.name}: process() must return the batch with all its rows")
+                _check_columns(stage, current, self.types)
                 results.take_drops(k, stage, positions, current)
                 if IMAGE in stage.removes:
                     current.remove_pixels()
@@ -126,6 +127,12 @@ def _process(stage: ProcessingStage, batch: ImageBatch) -> ImageBatch:
             else ""
         )
         raise ImgcurateError(f"stage {stage.name}: {type(exc).__name__}: {exc} (in {where})") from exc
+
+
+def _check_columns(stage: ProcessingStage, batch: ImageBatch, types: Mapping[str, pa.DataType]) -> None:
+    for column in batch.made:
+        if column not in types and column not in batch.given:
+            raise ConfigError(f"stage {stage.name} sets the column {column!r}, which it does not declare in 'adds'")
 
 
 def _column_batches(
