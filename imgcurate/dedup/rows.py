@@ -16,7 +16,7 @@ from imgcurate.dedup.passes import Rows
 
 __all__ = ["make_rows", "sample_mask", "sample_order", "unit_rows"]
 
-_NORM_ROWS: Final = 65_536
+_NORM_ROWS: Final = 8192
 
 
 def unit_rows(x: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
