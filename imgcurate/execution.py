@@ -19,7 +19,7 @@ from distributed.scheduler import KilledWorker
 
 from imgcurate.errors import ClusterError
 
-__all__ = ["RESULT_META", "Progress", "call_frame", "number_frame", "result_frame", "run_waves"]
+__all__ = ["RESULT_META", "Progress", "call_frame", "number_frame", "result_frame", "run_on_client", "run_waves"]
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called with (phase, partitions done, partitions in all, result of the last partition)."""
@@ -141,6 +141,18 @@ def run_waves(
         client.cancel(list(pending), force=True)
         raise
     return results
+
+
+def run_on_client(
+    phase: str,
+    function: Callable[[int], dict[str, Any]],
+    numbers: Sequence[int],
+    *,
+    client: Client,
+    progress: Progress | None = None,
+) -> dict[int, dict[str, Any]]:
+    """Run ``function(number)`` for each number on the cluster; see :func:`run_waves`."""
+    return run_waves(client, lambda n: call_frame(function, n, n), list(numbers), phase=phase, progress=progress)
 
 
 def _result_of(future: Future, phase: str) -> pd.DataFrame:

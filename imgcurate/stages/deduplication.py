@@ -8,7 +8,6 @@ import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import dask
@@ -24,7 +23,7 @@ from imgcurate.dedup.catalog import CatalogDedup
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.exchange import Scratch
 from imgcurate.errors import ConfigError, EncoderMismatchError, InputError
-from imgcurate.execution import Progress, call_frame, run_waves
+from imgcurate.execution import Progress, run_on_client
 from imgcurate.stages.base import DatasetStage
 from imgcurate.stages.executor import frame_types
 from imgcurate.storage import join_url, make_folder
@@ -148,7 +147,13 @@ class SemanticDedupStage(DatasetStage):
         """Process a catalog, with checkpoints in `scratch_dir`; the way that :class:`Pipeline` takes."""
         references = _references(self.reference, before)
         job = CatalogDedup(before, self.config, scratch_dir, device, references)
-        removed = job.run(partial(_run_on_client, client=client, progress=progress))
+
+        def run_tasks(
+            step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]
+        ) -> dict[int, dict[str, Any]]:
+            return run_on_client(f"dedup: {step}", function, numbers, client=client, progress=progress)
+
+        removed = job.run(run_tasks)
         _save_summary(job, removed, join_url(before.folder, "dedup"))
         return _decided_frame(job, device, [schema.STATUS, schema.REASON, *_added(self.reference)])
 
@@ -276,18 +281,6 @@ def _save_summary(job: CatalogDedup, removed: Mapping[float, int], folder: str) 
 def _spool(frame: Any, number: int, catalog: Catalog, out: pa.Schema) -> None:
     backend = Backend("cpu" if type(frame).__module__.startswith("pandas") else "gpu")
     catalog.write_part(number, backend.frame_to_arrow(frame, out))
-
-
-def _run_on_client(
-    step: str,
-    function: Callable[[int], dict[str, Any]],
-    numbers: Sequence[int],
-    *,
-    client: Client,
-    progress: Progress | None,
-) -> dict[int, dict[str, Any]]:
-    todo = list(numbers)
-    return run_waves(client, lambda n: call_frame(function, n, n), todo, phase=f"dedup: {step}", progress=progress)
 
 
 def _run_here(
