@@ -126,7 +126,7 @@ def test_output_folder_is_as_documented(curated) -> None:
     assert set(wanted) <= set(columns)
 
 
-@pytest.mark.parametrize(("files_per_partition", "n_workers"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize(("files_per_partition", "n_workers"), [(4, 2), (3, 1), (1, 4)])
 def test_output_does_not_depend_on_partitions_or_workers(
     curated, shards: Path, tmp_path: Path, files_per_partition: int, n_workers: int
 ) -> None:
@@ -139,6 +139,25 @@ def test_output_does_not_depend_on_partitions_or_workers(
     ):
         result = pipeline.run(str(tmp_path / "OUT"), client=client)
     assert checksums(Path(result.output_dir)) == checksums(Path(curated.output_dir))
+
+
+def test_what_an_earlier_run_kept_stays_kept(curated, shards: Path, tmp_path: Path, client: Client) -> None:
+    dedup = SemanticDedupStage(eps=0.05, n_clusters=2, reference=[curated.output_dir], eps_list=[0.01, 0.3])
+    result = tiny_pipeline(str(shards / "0000[01].tar"), dedup).run(str(tmp_path / "OUT"), client=client)
+    catalog = result.catalog.compute()
+    # All of the new set is in the old one.
+    assert result.counts == {"duplicate": 36}
+    assert result.shards == []
+    assert (catalog.duplicate_in == curated.output_dir).all()
+    old = curated.catalog.compute().set_index("uid")
+    assert (old.loc[catalog.duplicate_of].status == "ok").all()
+    (found,) = result.dedup
+    assert [point["eps"] for point in found["curve"]] == [0.01, 0.05, 0.3]
+    assert [point["kept"] for point in found["curve"]][1:] == [0, 0]
+    assert found["samples"] == 36
+    other = SemanticDedupStage(eps=0.05, n_clusters=2, reference=[str(tmp_path)])
+    with pytest.raises(InputError, match="is not the output folder of a finished run"):
+        tiny_pipeline(str(shards / "00000.tar"), other).run(str(tmp_path / "OUT2"), client=client)
 
 
 def test_dirty_shards_give_reasons_and_lose_nothing(
