@@ -5,6 +5,7 @@ file in the folder          a batch per  holds
 ==========================  ===========  ==================================================
 ``decisions/<bucket>``      part         what :func:`~imgcurate.dedup.passes.within` decided
 ``kept/<bucket>``                        the rows that stay
+``gone/<bucket>``                        the rows that go
 ``visitors/<bucket>``       bucket       the same, where they visit other clusters
 ``pairs/<bucket>``                       near pairs across borders
 ``crossed``                              what is decided by these
@@ -32,7 +33,7 @@ from imgcurate.dedup.passes import Decisions, Pairs, Rows, across, choose, orpha
 
 __all__ = ["Decider"]
 
-_FOLDERS: Final = ("decisions", "kept", "visitors", "pairs", "orphans", "orphan_visitors", "orphan_pairs")
+_FOLDERS: Final = ("decisions", "kept", "gone", "visitors", "pairs", "orphans", "orphan_visitors", "orphan_pairs")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Decider:
         part_of = part_of[by_uid][np.searchsorted(sorted_uid, rows.uid)]
         kept = rows.take(~decisions.goes)
         self.scratch.write(f"kept/{bucket:05d}", [kept.to_arrow()])
+        self.scratch.write(f"gone/{bucket:05d}", [rows.take(decisions.goes).to_arrow()])
         self.scratch.write(f"visitors/{bucket:05d}", self.exchange.by_bucket(kept.visitors()))
         batches = []
         for part in range(n_parts):
@@ -124,14 +126,12 @@ class Decider:
         if self.scratch.has(name):
             return {}
         crossed = Decisions.from_arrow(self.scratch.read("crossed"))
-        found: list[Rows] = []
-        for part in range(self.exchange.n_parts):
-            decisions = Decisions.from_arrow(self.scratch.read(f"decisions/{bucket:05d}", part))
-            uid = decisions.uid[orphans_of(decisions, crossed)]
-            if len(uid) or not found:
-                rows = self.exchange.read(part, bucket)
-                found.append(rows.take(np.isin(rows.uid, uid)))
-        orphans = Rows.concat(found)
+        parts = range(self.exchange.n_parts)
+        decisions = Decisions.concat(
+            [Decisions.from_arrow(self.scratch.read(f"decisions/{bucket:05d}", p)) for p in parts]
+        )
+        gone = self._rows("gone", bucket)
+        orphans = gone.take(np.isin(gone.uid, decisions.uid[orphans_of(decisions, crossed)]))
         self.scratch.write(f"orphans/{bucket:05d}", [orphans.to_arrow()])
         self.scratch.write(name, self.exchange.by_bucket(orphans.visitors()))
         return {}
