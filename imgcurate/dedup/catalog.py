@@ -117,11 +117,11 @@ class CatalogDedup:
         n = len(uid)
         out = Decided(np.full(n, -1, np.int64), np.full(n, -1, np.int64), np.full(n, "", object), np.full(n, np.nan))
         order = np.argsort(uid)
-        for decisions, cluster in self._decider(self.config.eps).decided(number):
-            at = order[np.searchsorted(uid, decisions.uid, sorter=order)]
-            out.cluster[at] = cluster
-            for name in ("keeper", "keeper_name", "similarity"):
-                getattr(out, name)[at] = getattr(decisions, name)
+        decisions, cluster = self._decider(self.config.eps).decided(number)
+        at = order[np.searchsorted(uid, decisions.uid, sorter=order)]
+        out.cluster[at] = cluster
+        for name in ("keeper", "keeper_name", "similarity"):
+            getattr(out, name)[at] = getattr(decisions, name)
         return out
 
     def _decider(self, eps: float) -> Decider:

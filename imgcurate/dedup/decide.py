@@ -18,7 +18,6 @@ file in the folder          a batch per  holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -78,14 +77,14 @@ class Decider:
         self.scratch.write("overrides", [overrides.to_arrow()])
         return gone
 
-    def decided(self, part: int) -> Iterator[tuple[Decisions, npt.NDArray[np.int32]]]:
-        """Yield the decisions about a part's rows and their clusters, bucket by bucket."""
-        n_buckets = self.exchange.n_buckets
-        overrides = Decisions.from_arrow(self.scratch.read("overrides")) if n_buckets else None
-        for bucket in range(n_buckets):
-            batch = self.scratch.read(f"decisions/{bucket:05d}", part)
-            decisions = Decisions.from_arrow(batch)
-            yield decisions.overridden(overrides) if overrides else decisions, batch["cluster"].to_numpy()
+    def decided(self, part: int) -> tuple[Decisions, npt.NDArray[np.int32]]:
+        """Return the decisions about a part's rows, in no particular order, and their clusters."""
+        batches = [self.scratch.read(f"decisions/{b:05d}", part) for b in range(self.exchange.n_buckets)]
+        if not batches:
+            return Decisions.stay(np.empty(0, np.int64)), np.empty(0, np.int32)
+        decisions = Decisions.concat([Decisions.from_arrow(b) for b in batches])
+        overrides = Decisions.from_arrow(self.scratch.read("overrides"))
+        return decisions.overridden(overrides), np.concatenate([b["cluster"].to_numpy() for b in batches])
 
     def _within(self, bucket: int) -> dict[str, Any]:
         name = f"decisions/{bucket:05d}"
