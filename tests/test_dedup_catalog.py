@@ -169,12 +169,10 @@ def frame_of(rows: pa.Table, npartitions: int) -> dd.DataFrame:
     return dd.from_pandas(frame, npartitions=npartitions, sort=False)
 
 
-@pytest.mark.parametrize("backend_name", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_semantic_dedup_on_a_frame(rows: pa.Table, client: Client, backend_name: str) -> None:
-    if backend_name == "gpu":
-        pytest.importorskip("cudf")
-    ddf = semantic_dedup(frame_of(rows, 3), eps=0.08, n_clusters=4, device=backend_name)
+def test_semantic_dedup_on_a_frame(rows: pa.Table, client: Client, backend: Backend) -> None:
+    ddf = semantic_dedup(frame_of(rows, 3), eps=0.08, n_clusters=4, device=backend.name)
     out = ddf.compute()
+    out = out if isinstance(out, pd.DataFrame) else out.to_pandas()
     assert list(out.uid) == rows["uid"].to_pylist()
     before = rows.to_pandas()
     goes = out.status == "duplicate"
