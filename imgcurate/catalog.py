@@ -6,6 +6,7 @@
     OUT/catalog/part-00000.parquet       every row of the first partition
     OUT/checkpoint/01-.../part-00000...  what a later phase changed, until the run is done
     OUT/shards/00000.tar, .parquet       the kept samples
+    OUT/dedup/                           centroids, and how many samples stay for which eps
 
 The first phase writes the parts of the catalog. Each later phase writes, per part, only the columns
 that it sets (a *delta*); when all phases are done the deltas are merged into the parts, which can be
@@ -172,8 +173,9 @@ class Manifest:
         SHA-256 of all that decides the results.
     config : dict
         The stages with their parameters, the inputs and the versions that the fingerprint covers.
-    state : {"running", "done"}
-        ``done`` once every phase ended and the accounting was checked.
+    state : {"running", "clearing", "done"}
+        ``done`` once every phase ended and the accounting was checked; ``clearing`` while what another
+        run left is deleted.
     n_parts : int
         Parts of the catalog.
     samples : int
