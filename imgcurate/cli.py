@@ -43,7 +43,9 @@ _MAX_PROBLEM_ROWS: Final = 20
 _PLAIN_EVERY_S: Final = 10.0
 _MAX_MESSAGE: Final = 2000
 
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Tar shards: paths, URLs, globs, {braces}.")]
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="INPUT...", help="Tars, Parquet, folders: paths, URLs, globs, {braces}.")
+]
 Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of the run.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]

@@ -11,8 +11,8 @@ from typing import Any, Final
 import pyarrow.compute as pc
 
 from imgcurate import schema
-from imgcurate.shards import index_shard
-from imgcurate.storage import expand_urls, file_size
+from imgcurate.inputs import describe_shards, find_shards
+from imgcurate.shards import Shard, index_shard
 
 __all__ = ["Inspection", "ShardInspection", "inspect_shards"]
 
@@ -26,7 +26,7 @@ class ShardInspection:
     Attributes
     ----------
     url : str
-        The shard.
+        The shard; of files of a folder the folder, and which.
     samples, ok, members : int
         Samples; those with an image and without damage; members that belong to a sample.
     nbytes : int
@@ -99,7 +99,7 @@ def inspect_shards(inputs: str | Sequence[str], *, storage_options: Mapping[str,
     Parameters
     ----------
     inputs : str or sequence of str
-        Paths, fsspec URLs or patterns of tar shards.
+        Paths, fsspec URLs or patterns of tars, tables and folders; see :mod:`imgcurate.inputs`.
     storage_options : mapping, optional
         Passed to fsspec.
 
@@ -108,16 +108,16 @@ def inspect_shards(inputs: str | Sequence[str], *, storage_options: Mapping[str,
     InputError
         If an input does not exist.
     """
-    urls = expand_urls(inputs, storage_options)
-    for url in urls:
-        file_size(url, storage_options)
+    shards = find_shards(inputs, storage_options)
+    describe_shards(shards, storage_options)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda item: _inspect(item[1], item[0], storage_options), enumerate(urls))
+        found = pool.map(lambda item: _inspect(item[1], item[0], storage_options), enumerate(shards))
         return Inspection(list(found))
 
 
-def _inspect(url: str, number: int, storage_options: Mapping[str, Any] | None) -> ShardInspection:
-    index = index_shard(url, number, storage_options=storage_options)
+def _inspect(shard: Shard, number: int, storage_options: Mapping[str, Any] | None) -> ShardInspection:
+    index = index_shard(shard, number, storage_options=storage_options)
+    url = f"{shard.url}/{shard.files[0]} ..." if shard.files else shard.url
     extensions = Counter(index.table[schema.MEMBERS].combine_chunks().flatten().to_pylist())
     return ShardInspection(
         url=url,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import random
@@ -38,6 +39,7 @@ __all__ = [
     "is_local",
     "join_url",
     "list_files",
+    "list_tree",
     "local_path",
     "make_folder",
     "modified",
@@ -289,6 +291,15 @@ def list_files(folder: str, suffix: str, storage_options: StorageOptions | None 
             return []
         raise
     return sorted(name for f in found if (name := str(f).rsplit("/", 1)[-1]).endswith(suffix))
+
+
+def list_tree(folder: str, storage_options: StorageOptions | None = None, most: int | None = None) -> dict[str, int]:
+    """Return the files below a remote folder, by their path in it, with their sizes; `most` of them at the most."""
+    fs, path = _filesystem(folder, storage_options)
+    found = _retry(lambda: fs.find(path, detail=True), f"cannot list {folder}")
+    prefix = path.rstrip("/") + "/"
+    files = ((str(name).removeprefix(prefix), int(info.get("size") or 0)) for name, info in sorted(found.items()))
+    return dict(itertools.islice(files, most))
 
 
 def make_folder(url: str, storage_options: StorageOptions | None = None) -> None:

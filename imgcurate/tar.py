@@ -16,6 +16,7 @@ import numpy as np
 
 from imgcurate.errors import TarError
 from imgcurate.storage import Source
+from imgcurate.streams import ForwardSource
 from imgcurate.tar_blocks import (
     BLOCK,
     checksum_is_right,
@@ -54,13 +55,7 @@ _SPARSE: Final = ord("S")
 _SPARSE_RECORDS: Final = frozenset({b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size"})
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS = (ord(c) for c in "LKxgX")
 _EXTENSIONS: Final = frozenset({_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS})
-_MAGICS: Final = {
-    b"\x1f\x8b": "gzip-compressed tar: decompress it first",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed tar: decompress it first",
-    b"BZh": "bzip2-compressed tar: decompress it first",
-    b"\xfd7zXZ\x00": "xz-compressed tar: decompress it first",
-    b"PK\x03\x04": "a zip archive, not a tar",
-}
+_ZIP: Final = b"PK\x03\x04"
 
 
 class Member(NamedTuple):
@@ -104,6 +99,12 @@ class Members:
     data_offset: np.ndarray
     size: np.ndarray
     end: np.ndarray
+
+    @staticmethod
+    def none() -> Members:
+        """Return no members."""
+        zeros = np.zeros(0, np.int64)
+        return Members(b"", zeros, zeros, zeros, zeros)
 
     @property
     def names(self) -> list[bytes]:
@@ -205,7 +206,8 @@ class _Scanner:
     """
 
     def __init__(self, source: Source, window_bytes: int, *, least: int = 16, most: int = 1024) -> None:
-        self._source, self._size, self._window = source, source.size, window_bytes
+        self._source, self._window = source, window_bytes
+        self._at_random = not isinstance(source, ForwardSource)
         self._least, self._most = least, most
         self._buffer, self._base = b"", 0
         self._problems: list[Problem] = []
@@ -222,23 +224,41 @@ class _Scanner:
             self._read_members()
         except TarError as exc:
             self._damage = Damage(exc.offset, str(exc), "")
+        self._take_stream_damage()
         self._join()
         members = Members(b"".join(self._names), *np.concatenate(self._offsets, axis=1))
         return TarScan(members, self._problems, self._damage)
 
+    def _take_stream_damage(self) -> None:
+        """Say what became of a compressed archive that could not be read to its end."""
+        damage = self._source.damage if isinstance(self._source, ForwardSource) else ""
+        if not damage:
+            return
+        if self._damage is not None:
+            self._damage = self._damage._replace(reason=f"{self._damage.reason} ({damage})")
+        elif self._ended:
+            self._problem(self._source.size, "damaged after the end mark", damage)
+        else:
+            self._damage = Damage(self._source.size, damage, "")
+
     def _read_members(self) -> None:
-        if self._size == 0:
+        if not self._reaches(1):
             self._damage = Damage(0, "empty file (0 bytes)", "")
         position, odd_until = 0, 0
-        while position < self._size:
-            if position >= odd_until and self._header_offset < 0 and not self._ended:
+        while self._reaches(position + 1):
+            if self._at_random and position >= odd_until and self._header_offset < 0 and not self._ended:
                 position, odd_until = self._plain_run(position)
-            if position < self._size:
+            if self._reaches(position + 1):
                 position = self._step(position)
         if self._damage is None and self._header_offset >= 0:
             self._no_member()
         if self._damage is None and not self._ended:
-            self._problem(self._size, "no end mark", "the archive ends without two blocks of zeros")
+            self._problem(self._source.size, "no end mark", "the archive ends without two blocks of zeros")
+
+    def _reaches(self, end: int) -> bool:
+        if isinstance(self._source, ForwardSource):
+            return self._source.reaches(end)
+        return end <= self._source.size
 
     def _read(self, position: int, length: int) -> bytes:
         start = position - self._base
@@ -274,7 +294,7 @@ class _Scanner:
                 sizes.append(size)
                 start += size + round_up & whole_blocks
         stop = base + start
-        while stop > self._size:
+        while stop > self._source.size:
             blocks.pop()
             stop -= sizes.pop() + round_up & whole_blocks
         names = plain_names(blocks) if len(blocks) >= self._least else None
@@ -318,11 +338,12 @@ class _Scanner:
         if self._pax or self._long_name is not None:
             name, size = self._overridden(name, size, position)
         if kind in _FILE_TYPES and not name.endswith(b"/") and self._pax.keys().isdisjoint(_SPARSE_RECORDS):
-            if position + size > self._size:
+            if not self._reaches(position + size):
                 return self._truncated(name, size, position)
             end = position + size + -size % BLOCK
             self._names.append(name + b"\0")
-            self._single.append((self._header_offset, position, size, min(self._size, end)))
+            there = end if self._reaches(end) else self._source.size
+            self._single.append((self._header_offset, position, size, there))
         else:
             end = self._skip(kind, name, size, block, position)
         self._pax, self._long_name, self._header_offset = {}, None, -1
@@ -336,9 +357,9 @@ class _Scanner:
 
     def _truncated(self, name: bytes, size: int, position: int) -> int:
         reason = f"truncated tar: member {shown_name(name)!r} needs {size:,} bytes"
-        reason += f", {max(0, self._size - position):,} are there at byte {self._header_offset}"
+        reason += f", {max(0, self._source.size - position):,} are there at byte {self._header_offset}"
         self._damage = Damage(self._header_offset, reason, name.decode("utf-8", "surrogateescape"))
-        return self._size
+        return self._source.size
 
     def _parse(self, block: bytes, position: int) -> tuple[bytes, int, int]:
         if len(block) < BLOCK:
@@ -355,15 +376,12 @@ class _Scanner:
     def _no_header(self, block: bytes, position: int, what: str) -> str:
         if position:
             return what
-        for magic, meaning in _MAGICS.items():
-            if block.startswith(magic):
-                return meaning
-        return f"not a tar file: {what}"
+        return "a zip archive, not a tar" if block.startswith(_ZIP) else f"not a tar file: {what}"
 
     def _skip_zeros(self, position: int) -> int:
         """Return where the zeros that begin with a block of them end, rounded down to a block."""
         position += BLOCK
-        while position < self._size:
+        while self._reaches(position + 1):
             data = self._source.pread(position, _ZERO_SCAN_BYTES)
             rest = data.lstrip(b"\0")
             if rest:
@@ -371,7 +389,7 @@ class _Scanner:
             if not data:
                 break
             position += len(data)
-        return self._size
+        return self._source.size
 
     def _extension(self, kind: int, size: int, position: int) -> int:
         """Take in a long name or PAX records, and return where the next header starts."""
@@ -427,7 +445,7 @@ class _Scanner:
             label = "sparse file" if kind == _SPARSE or kind in _FILE_TYPES else "unknown type"
             self._problem(at, label, f"{shown!r} (type {chr(kind)!r}) is left out")
         end = position + size
-        if end > self._size:
+        if not self._reaches(end):
             raise TarError(f"truncated tar: member {shown!r} needs {size:,} bytes", at)
         return end + -size % BLOCK
 

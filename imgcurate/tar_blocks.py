@@ -12,6 +12,7 @@ from imgcurate.errors import TarError
 
 __all__ = [
     "BLOCK",
+    "PLAIN_HEADER",
     "checksum_is_right",
     "end_of_archive",
     "header_name",
@@ -28,6 +29,10 @@ _RECORD: Final = 20 * BLOCK
 _ADLER_MODULUS: Final = 65521
 _CHECKSUM: Final = slice(148, 156)
 _EIGHTS: Final = 8 ** np.arange(5, -1, -1)
+PLAIN_HEADER: Final = (b"\0" * 100 + b"0000644\0" + b"0000000\0" * 2 + b"\0" * 12 + b"00000000000\0").ljust(
+    BLOCK, b"\0"
+)
+"""A template for :func:`tar_header` of members that come from no tar: mode 0644, owner 0, time 0."""
 
 
 def tar_header(name: str, size: int, template: bytes) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -15,17 +17,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcurate import schema
+from imgcurate.archives import Archives
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
 from imgcurate.decode import MAX_ASPECT_RATIO, MAX_PIXELS, Decoded, borrow_decoder
 from imgcurate.errors import ConfigError
+from imgcurate.folders import file_url
+from imgcurate.inputs import find_shards
+from imgcurate.shards import Shard
+from imgcurate.sidecars import SidecarColumns, Sidecars, find_sidecars
 from imgcurate.stages.base import IMAGE, Stage
-from imgcurate.storage import Source, open_source, read_ranges
+from imgcurate.storage import is_local, read_bytes, read_ranges
 
 __all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
 
 _T = TypeVar("_T")
 _MAX_CHUNK_BYTES: Final = 128 * 1024**2
+_FILE_THREADS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -35,20 +43,35 @@ class FilePartitioningStage(Stage):
     Attributes
     ----------
     file_paths : str or sequence of str
-        Paths or fsspec URLs of tar shards; braces and globs expand.
+        Paths or fsspec URLs of tars, Parquet or Arrow files with a column of images, folders of either or
+        of images; braces and globs expand. See :mod:`imgcurate.inputs`.
     files_per_partition : int
         Shards per partition, the unit of work, of retry and of the checkpoint.
     storage_options : mapping, optional
         Passed to fsspec (credentials, endpoint).
+    sidecar_columns : "auto" or sequence of str
+        Columns to join from the Parquet files beside tars; see :func:`read_webdataset`.
     """
 
     file_paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     files_per_partition: int = 1
     storage_options: Mapping[str, Any] | None = None
+    sidecar_columns: SidecarColumns = "auto"
 
     def __post_init__(self) -> None:
         if self.files_per_partition < 1:
             raise ConfigError(f"files_per_partition={self.files_per_partition} should be >= 1")
+
+    def find(self, taken: Iterable[str] = ()) -> tuple[list[Shard], Sidecars]:
+        """Find the shards and the columns of their sidecars; `taken` are names that these cannot have.
+
+        Raises
+        ------
+        InputError
+            If a pattern matches nothing, or names something of an unknown kind.
+        """
+        shards = find_shards(self.file_paths, self.storage_options)
+        return shards, find_sidecars(shards, self.sidecar_columns, self.storage_options, taken=taken)
 
 
 @dataclass(frozen=True)
@@ -174,30 +197,26 @@ def _cut(wanted: npt.NDArray[np.int64], lengths: Sequence[int], size: int) -> It
 def _read_chunks(
     table: pa.Table, wanted: npt.NDArray[np.int64], size: int, storage_options: Mapping[str, Any] | None
 ) -> Iterator[_Chunk]:
-    shards = table[schema.SHARD].to_pylist()
-    offsets = table[schema.OFFSET].to_pylist()
-    lengths = table[schema.NBYTES].to_pylist()
-    source: Source | None = None
-    try:
+    rows = table.select([schema.SHARD, schema.FILES, schema.OFFSET, schema.NBYTES]).to_pydict()
+    shards, files, offsets, lengths = rows.values()
+    with Archives(storage_options, limit=1) as archives:
         for positions in _cut(wanted, lengths, size):
             chunk = _Chunk(positions)
-            first = 0
-            while first < len(chunk.positions):
-                url = shards[chunk.positions[first]]
-                last = first
-                while last < len(chunk.positions) and shards[chunk.positions[last]] == url:
-                    last += 1
-                if source is None or source.url != url:
-                    if source is not None:
-                        source.close()
-                    source = open_source(url, storage_options)
-                rows = chunk.positions[first:last]
-                chunk.blobs.extend(read_ranges(source, [(offsets[i], lengths[i]) for i in rows]))
-                first = last
+            for url, group in itertools.groupby(positions.tolist(), key=shards.__getitem__):
+                members = list(group)
+                if files[members[0]] is None:
+                    chunk.blobs.extend(read_ranges(archives(url), [(offsets[i], lengths[i]) for i in members]))
+                else:
+                    chunk.blobs.extend(_read_files([file_url(url, files[i][0]) for i in members], storage_options))
             yield chunk
-    finally:
-        if source is not None:
-            source.close()
+
+
+def _read_files(urls: Sequence[str], storage_options: Mapping[str, Any] | None) -> list[bytes]:
+    """Read whole files: on this machine one by one, from elsewhere at the same time."""
+    if all(map(is_local, urls)):
+        return [read_bytes(url) for url in urls]
+    with ThreadPoolExecutor(_FILE_THREADS) as pool:
+        return list(pool.map(lambda url: read_bytes(url, storage_options), urls))
 
 
 class _Failure:
