@@ -87,10 +87,10 @@ def find_shards(
             files[folder or "/"][quoted(name)] = -1 if is_local(url) else file_size(url, storage_options)
         else:
             archives.add(url)
-    shards = [Shard(url) for url in archives]
+    shards = [Shard(url) for url in archives if not _is_sidecar(url, archives)]
     for folder, listing in files.items():
         shards += _shards_of_files(folder, listing)
-    _check_tables(sorted(archives), storage_options)
+    _check_tables([s.url for s in shards], storage_options)
     return sorted(shards, key=lambda s: (s.url, s.files[:1]))
 
 
@@ -205,9 +205,15 @@ def _has_images(url: str, storage_options: StorageOptions | None) -> bool:
     return True
 
 
+def _is_sidecar(url: str, archives: set[str]) -> bool:
+    """Return whether a table lies beside a tar of its name, as a glob over both finds it."""
+    stem, _, ending = url.rpartition(".")
+    return ending == "parquet" and any(stem + e in archives for e in TAR_ENDINGS)
+
+
 def _check_tables(urls: Sequence[str], storage_options: StorageOptions | None) -> None:
     """Refuse tables without images before a run starts; the first one tells."""
-    first = next((u for u in urls if u.lower().endswith(TABLE_ENDINGS)), None)
+    first = min((u for u in urls if u.lower().endswith(TABLE_ENDINGS)), default=None)
     if first is not None:
         file_size(first, storage_options)
         check_table(first, storage_options)
