@@ -92,7 +92,8 @@ class Exchange:
     """The rows of a catalog, and of reference sets, by bucket; picklable, so that tasks carry it.
 
     Files in the scratch folder: ``sample/<part>`` (rows for k-means), ``centroids``, ``rows.json``,
-    ``names.json`` (of shards that share a stem), ``plan.json`` and ``exchange/<part>`` (unit rows with cluster and preference, a batch per bucket).
+    ``names.json`` (of shards that share a stem), ``plan.json`` and ``exchange/<part>`` (unit rows with
+    cluster and preference, a batch per bucket).
     Parts of the reference sets are numbered on after those of the catalog.
 
     Attributes
