@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 
 from imgcurate import schema
-from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.errors import ConfigError, ImgcurateError, printable
 
 __all__ = ["app", "main"]
 
@@ -40,6 +40,7 @@ app = typer.Typer(
 _debug = False
 _MAX_SHARD_ROWS: Final = 50
 _MAX_PROBLEM_ROWS: Final = 20
+_MAX_EXTENSIONS: Final = 30
 _PLAIN_EVERY_S: Final = 10.0
 _MAX_MESSAGE: Final = 2000
 
@@ -206,15 +207,20 @@ def inspect(
     table = Table("shard", *(c for c in ("samples", "ok", "members", "bytes", "problems")))
     for shard in report.shards[:_MAX_SHARD_ROWS]:
         numbers = (f"{n:,}" for n in (shard.samples, shard.ok, shard.members, shard.nbytes))
-        table.add_row(escape(shard.url), *numbers, ", ".join(f"{n} {kind}" for kind, n in shard.problems.items()))
+        table.add_row(
+            escape(printable(shard.url)), *numbers, ", ".join(f"{n} {kind}" for kind, n in shard.problems.items())
+        )
     console.print(table)
     if len(report.shards) > _MAX_SHARD_ROWS:
         typer.echo(f"... and {len(report.shards) - _MAX_SHARD_ROWS:,} more shards")
     for line in report.details[:_MAX_PROBLEM_ROWS]:
-        typer.echo(line)
+        typer.echo(printable(line))
     if len(report.details) > _MAX_PROBLEM_ROWS:
         typer.echo(f"... and {len(report.details) - _MAX_PROBLEM_ROWS:,} more problems (--json shows all)")
-    typer.echo("members: " + (", ".join(f"{n:,} {ext}" for ext, n in report.extensions.items()) or "none"))
+    members = [f"{n:,} {printable(ext)}" for ext, n in report.extensions.items()]
+    if len(members) > _MAX_EXTENSIONS:
+        members[_MAX_EXTENSIONS:] = [f"and {len(members) - _MAX_EXTENSIONS:,} more extensions"]
+    typer.echo("members: " + (", ".join(members) or "none"))
     typer.echo(report.summary())
 
 
@@ -327,7 +333,7 @@ def _fail(kind: str, message: str, exit_code: int) -> NoReturn:
     """Say in one line why the command ends."""
     if _debug:
         traceback.print_exc()
-    words = " ".join(message.split())
+    words = printable(" ".join(message.split()))
     if len(words) > _MAX_MESSAGE:
         words = f"{words[:_MAX_MESSAGE]} ..."
     typer.echo(f"imgcurate: {kind}: {words}", err=True)

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import logging
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +130,8 @@ def _file_states(shard: Shard) -> list[str]:
 def _kind(url: str, storage_options: StorageOptions | None) -> str:
     """Return "archive", "folder" or "image"."""
     name = url.split("?", 1)[0].lower() if not is_local(url) else url.lower()
-    if is_local(url) and Path(local_path(url)).is_dir():
+    # os.path says no of names that no file can have, where pathlib raises.
+    if is_local(url) and os.path.isdir(local_path(url)):  # noqa: PTH112
         return "folder"
     if name.endswith((*TAR_ENDINGS, *TABLE_ENDINGS)):
         return "archive"
@@ -145,8 +145,8 @@ def _kind(url: str, storage_options: StorageOptions | None) -> str:
 
 def _is_file(url: str, storage_options: StorageOptions | None) -> bool:
     if is_local(url):
-        path = Path(local_path(url))
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        path = local_path(url)
+        if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
             raise InputError(f"{url} is no regular file: expected {_EXPECTED}")
     try:
         file_size(url, storage_options)

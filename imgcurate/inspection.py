@@ -35,6 +35,8 @@ class ShardInspection:
         Members by extension.
     problems : dict of str to int
         Problems by kind.
+    details : list of str
+        One line per problem: shard, byte offset, kind, words.
     """
 
     url: str
@@ -68,6 +70,14 @@ class Inspection:
         return dict(total.most_common())
 
     @property
+    def problems(self) -> dict[str, int]:
+        """Problems by kind, most frequent first."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.problems)
+        return dict(total.most_common())
+
+    @property
     def details(self) -> list[str]:
         """One line per problem: shard, byte offset, kind, words."""
         return [line for shard in self.shards for line in shard.details]
@@ -90,6 +100,7 @@ class Inspection:
             "members": sum(s.members for s in self.shards),
             "nbytes": sum(s.nbytes for s in self.shards),
             "extensions": self.extensions,
+            "problems": self.problems,
         }
 
 

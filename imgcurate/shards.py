@@ -4,7 +4,7 @@ The rules, after WebDataset's, and what becomes of what they leave open:
 
 - A member's *key* is its path up to the first dot of its base name; the rest is its extension, lower
   case: ``a/b.seg.png`` is the member ``seg.png`` of the sample ``a/b``. Keys are never changed, only
-  bytes that are not UTF-8 are shown as ``\xff``.
+  bytes that are not UTF-8 are shown as ``\xff``, which is reported ("not UTF-8").
 - Members of one key are one sample, also where others lie between them ("scattered"). A member whose
   extension the sample has already begins a new sample of the same key ("duplicate key").
 - Directories, links, devices, sparse files, names without an extension, hidden files (``.x``, macOS'
@@ -31,11 +31,12 @@ import pyarrow as pa
 
 from imgcurate import schema
 from imgcurate.archives import open_archive
+from imgcurate.errors import printable
 from imgcurate.folders import files_members, quoted
 from imgcurate.storage import Source, file_size, is_local, join_url, read_bytes, read_ranges
 from imgcurate.streams import DamagedStreamError, ForwardSource
 from imgcurate.tables import TableSource
-from imgcurate.tar import Damage, Members, Problem, TarScan, scan_tar, shown_name
+from imgcurate.tar import Damage, Members, Problem, TarScan, quoted_name, scan_tar, shown_name
 
 __all__ = ["IMAGE_EXTENSIONS", "TAR_ENDINGS", "Shard", "ShardIndex", "index_shard", "split_key"]
 
@@ -47,6 +48,7 @@ _META_NAME: Final = re.compile(rb"__[^/]*__($|/)")
 _REMOTE_WINDOW_BYTES: Final = 4 * 1024 * 1024
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
 _MEMBERS_SHOWN: Final = 8
+_EXT_SHOWN: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +276,7 @@ def _group_one_by_one(
             name, offset = names[kept[i]], int(members.header_offset[kept[i]])
             kind, what = ("duplicate key", "is there already: a new sample begins") if new else (
                 "scattered members", "lies apart from the other members of its sample")  # fmt: skip
-            problems.append(Problem(offset, kind, f"{shown_name(name)!r} {what}"))
+            problems.append(Problem(offset, kind, f"{quoted_name(name)} {what}"))
         if new:
             latest[key] = at = len(firsts)
             firsts.append(i)
@@ -305,9 +307,22 @@ def _split(members: Members, problems: list[Problem]) -> tuple[np.ndarray, np.nd
     for i in np.flatnonzero((dot == base) | (dot + 1 >= ends) | underscores).tolist():
         name = members.text[starts[i] : ends[i]]
         if (kind := _left_out(name)) is not None:
-            problems.append(Problem(int(members.header_offset[i]), kind, f"{shown_name(name)!r} belongs to no sample"))
+            problems.append(Problem(int(members.header_offset[i]), kind, f"{quoted_name(name)} belongs to no sample"))
             belongs[i] = False
+    if not _is_utf8(members.text):
+        odd = [(i, name) for i, name in enumerate(members.names) if belongs[i] and not _is_utf8(name)]
+        problems += [
+            Problem(int(members.header_offset[i]), "not UTF-8", f"the name {quoted_name(name)}") for i, name in odd
+        ]
     return np.flatnonzero(belongs), numbers[::2][belongs], numbers[1::2][belongs], words.dictionary
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _left_out(name: bytes) -> str | None:
@@ -419,7 +434,8 @@ def _file_spans(samples: _Samples, members: Members, bounds: np.ndarray) -> pa.A
 
 def _no_image(exts: pa.Array) -> str:
     more = len(exts) - _MEMBERS_SHOWN
-    shown = ", ".join(exts[:_MEMBERS_SHOWN].to_pylist())
+    names = exts[:_MEMBERS_SHOWN].to_pylist()
+    shown = ", ".join(printable(n if len(n) <= _EXT_SHOWN else f"{n[:_EXT_SHOWN]}...") for n in names)
     return f"no image among its members: {shown}{f' and {more} more' if more > 0 else ''}"
 
 
@@ -452,7 +468,7 @@ def _texts(contents: _Contents, samples: _Samples, texts: Sequence[str]) -> dict
     wanted = wanted[np.argsort(samples.member[wanted])]
     too_long = members.size[samples.member[wanted]] > _MAX_TEXT_BYTES
     for i in samples.member[wanted[too_long]].tolist():
-        detail = f"{shown_name(members.names[i])!r} has {members.size[i]:,} bytes: no text column is made of it"
+        detail = f"{quoted_name(members.names[i])} has {members.size[i]:,} bytes: no text column is made of it"
         problems.append(Problem(int(members.header_offset[i]), "text too long", detail))
     wanted = wanted[~too_long]
     blobs = contents.read(samples.member[wanted])

@@ -191,7 +191,7 @@ def expand_urls(
         patterns = [patterns]
     urls: set[str] = set()
     for pattern in map(_expanduser, patterns):
-        if is_local(pattern) and Path(local_path(pattern)).exists():
+        if is_local(pattern) and os.path.exists(local_path(pattern)):  # noqa: PTH110 - Path.exists raises for long names
             urls.add(str(Path(local_path(pattern)).absolute()))
             continue
         try:
@@ -204,6 +204,11 @@ def expand_urls(
             urls.update(_glob(candidate, storage_options))
     if not urls:
         raise InputError("no input was given: expected tar shards, as paths, URLs or patterns")
+    for url in urls:
+        try:
+            url.encode()
+        except UnicodeEncodeError as exc:
+            raise InputError(f"the name of {url!r} is not UTF-8, as the record of a run is: rename it") from exc
     return sorted(urls)
 
 
@@ -267,6 +272,11 @@ def file_size(url: str, storage_options: StorageOptions | None = None) -> int:
         source = RemoteSource(url, storage_options)
     except FileNotFoundError as exc:
         raise InputError(f"no such input: {url}") from exc
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, InputError):
+            raise
+        # No permission, a loop of links, a name that is too long or holds a zero byte.
+        raise InputError(f"cannot read {url}: {getattr(exc, 'strerror', None) or exc}") from exc
     except StorageError as exc:
         cause = exc.__cause__
         if isinstance(cause, FileNotFoundError):

@@ -26,6 +26,7 @@ from imgcurate.tar_blocks import (
     padding,
     pax_records,
     plain_names,
+    quoted_name,
     shown_name,
     tar_header,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "TarScan",
     "end_of_archive",
     "padding",
+    "quoted_name",
     "scan_tar",
     "shown_name",
     "tar_header",
@@ -356,7 +358,7 @@ class _Scanner:
         raise TarError("truncated tar: an extension header without its member", self._header_offset)
 
     def _truncated(self, name: bytes, size: int, position: int) -> int:
-        reason = f"truncated tar: member {shown_name(name)!r} needs {size:,} bytes"
+        reason = f"truncated tar: member {quoted_name(name)} needs {size:,} bytes"
         reason += f", {max(0, self._source.size - position):,} are there at byte {self._header_offset}"
         self._damage = Damage(self._header_offset, reason, name.decode("utf-8", "surrogateescape"))
         return self._source.size
@@ -426,27 +428,27 @@ class _Scanner:
 
     def _skip(self, kind: int, name: bytes, size: int, block: bytes, position: int) -> int:
         """Report a member that is no regular file, and return where the next header starts."""
-        shown, at = shown_name(name), self._header_offset
+        shown, at = quoted_name(name), self._header_offset
         if kind in _LINK_TYPES:
-            target = shown_name(block[157:257].split(b"\0", 1)[0])
-            self._problem(at, "link", f"{_LINK_TYPES[kind]} {shown!r} to {target!r}")
+            target = quoted_name(block[157:257].split(b"\0", 1)[0])
+            self._problem(at, "link", f"{_LINK_TYPES[kind]} {shown} to {target}")
             return position
         if kind in _OTHER_TYPES:
             label = _OTHER_TYPES[kind]
-            self._problem(at, label if label == "directory" else "special file", f"{label} {shown!r}")
+            self._problem(at, label if label == "directory" else "special file", f"{label} {shown}")
             return position
         if kind == _SPARSE:
             position = self._skip_sparse_map(block, position)
         if kind in _FILE_TYPES and name.endswith(b"/"):
             # So did tars write directories before they had a type of their own, and without data.
-            self._problem(at, "directory", repr(shown))
+            self._problem(at, "directory", shown)
             size = size if kind else 0
         else:
             label = "sparse file" if kind == _SPARSE or kind in _FILE_TYPES else "unknown type"
-            self._problem(at, label, f"{shown!r} (type {chr(kind)!r}) is left out")
+            self._problem(at, label, f"{shown} (type {chr(kind)!r}) is left out")
         end = position + size
         if not self._reaches(end):
-            raise TarError(f"truncated tar: member {shown!r} needs {size:,} bytes", at)
+            raise TarError(f"truncated tar: member {shown} needs {size:,} bytes", at)
         return end + -size % BLOCK
 
     def _skip_sparse_map(self, block: bytes, position: int) -> int:

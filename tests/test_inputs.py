@@ -372,4 +372,4 @@ def test_inspect_shows_inputs_of_every_kind(folder: Path, img2dataset: Path, pho
     assert samples[str(path)] == (70, 68, True)
     assert samples[f"{folder}/%FF.jpg ..."] == (17, 15, True)
     problems = next(s.problems for s in report.shards if s.url.startswith(str(folder)))
-    assert problems == {"special file": 1, "hidden file": 1}
+    assert problems == {"special file": 1, "hidden file": 1, "not UTF-8": 1}

@@ -74,6 +74,8 @@ def by_hand(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
         if (kind := left_out(name)) is not None:
             problems.append((where[0], kind))
             continue
+        if shown_name(name) != name:
+            problems.append((where[0], "not UTF-8"))
         folder, slash, base = name.rpartition("/")
         first, _, ext = base.partition(".")
         key, ext = folder + slash + first, ext.lower()
