@@ -40,12 +40,14 @@ __all__ = [
     "SPANS",
     "STATUS",
     "STATUS_AESTHETIC",
+    "STATUS_DECODER_CRASH",
     "STATUS_DECODE_ERROR",
     "STATUS_DUPLICATE",
     "STATUS_NO_IMAGE",
     "STATUS_NSFW",
     "STATUS_OK",
     "STATUS_TAR_ERROR",
+    "STATUS_TOO_SMALL",
     "UID",
     "UID_SHARD_BITS",
     "WIDTH",
@@ -84,6 +86,8 @@ STATUS_OK: Final = "ok"
 STATUS_TAR_ERROR: Final = "tar_error"
 STATUS_NO_IMAGE: Final = "no_image"
 STATUS_DECODE_ERROR: Final = "decode_error"
+STATUS_DECODER_CRASH: Final = "decoder_crash"
+STATUS_TOO_SMALL: Final = "too_small"
 STATUS_AESTHETIC: Final = "aesthetic"
 STATUS_NSFW: Final = "nsfw"
 STATUS_DUPLICATE: Final = "duplicate"
