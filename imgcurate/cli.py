@@ -134,6 +134,9 @@ def curate(
     reference: Annotated[
         list[str] | None, typer.Option(help="Finished run whose kept samples stay kept; repeatable.")
     ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Refuse larger images undecoded; 179 Mpx.")] = None,
+    max_aspect_ratio: Annotated[float | None, typer.Option(min=1, help="Refuse more elongated images; 50.")] = None,
+    min_size: Annotated[int | None, typer.Option(min=1, help="Leave out images with a shorter side.")] = None,
     images_per_tar: Annotated[int, typer.Option(min=1, help="Samples per output shard.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     files_per_partition: Annotated[int, typer.Option(min=1, help="Shards per partition.")] = 1,
@@ -163,7 +166,9 @@ def curate(
                 keep_by=keep_by, reference=reference or (),
             )
         )  # fmt: skip
-    pipeline = _pipeline(inputs, stages, images_per_tar, files_per_partition, batch_size)
+    limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "min_size": min_size}
+    limits = {k: v for k, v in limits.items() if v is not None}
+    pipeline = _pipeline(inputs, stages, images_per_tar, files_per_partition, batch_size, **limits)
     result = _run(pipeline, output, device, workers, scheduler, overwrite, quiet)
     typer.echo(result.accounting())
 
@@ -230,6 +235,7 @@ def _pipeline(
     images_per_tar: int,
     files_per_partition: int = 1,
     batch_size: int = 32,
+    **limits: Any,
 ) -> Any:
     from imgcurate.pipeline import Pipeline
     from imgcurate.stages import FilePartitioningStage, ImageReaderStage, ImageWriterStage
@@ -237,7 +243,7 @@ def _pipeline(
     return Pipeline(
         [
             FilePartitioningStage(inputs, files_per_partition),
-            ImageReaderStage(dali_batch_size=batch_size),
+            ImageReaderStage(dali_batch_size=batch_size, **limits),
             *stages,
             ImageWriterStage(images_per_tar=images_per_tar),
         ]

@@ -41,6 +41,7 @@ __all__ = [
     "SPANS",
     "STATUS",
     "STATUS_AESTHETIC",
+    "STATUS_DECODER_CRASH",
     "STATUS_DECODE_ERROR",
     "STATUS_DUPLICATE",
     "STATUS_NO_IMAGE",
@@ -48,6 +49,7 @@ __all__ = [
     "STATUS_OK",
     "STATUS_READ_ERROR",
     "STATUS_TAR_ERROR",
+    "STATUS_TOO_SMALL",
     "UID",
     "UID_SHARD_BITS",
     "WIDTH",
@@ -88,6 +90,8 @@ STATUS_TAR_ERROR: Final = "tar_error"
 STATUS_NO_IMAGE: Final = "no_image"
 STATUS_READ_ERROR: Final = "read_error"
 STATUS_DECODE_ERROR: Final = "decode_error"
+STATUS_DECODER_CRASH: Final = "decoder_crash"
+STATUS_TOO_SMALL: Final = "too_small"
 STATUS_AESTHETIC: Final = "aesthetic"
 STATUS_NSFW: Final = "nsfw"
 STATUS_DUPLICATE: Final = "duplicate"

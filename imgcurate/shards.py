@@ -10,7 +10,8 @@ The rules, after WebDataset's, and what becomes of what they leave open:
 - Directories, links, devices, sparse files, names without an extension, hidden files (``.x``, macOS'
   ``._x``) and WebDataset's metadata (``__x__``) belong to no sample. They are reported.
 - The image is the first member whose extension is one of :data:`IMAGE_EXTENSIONS`, else the first
-  whose extension ends with one (``v2.jpg``). A sample without an image has the status ``no_image``.
+  whose extension ends with one (``v2.jpg``), else the first of a format that is known and not
+  decoded (``exr``, ``svg`` ...), which is reported as such. A sample without an image has the status ``no_image``.
 - Where the archive is damaged, the samples before stay, and one row has the status ``tar_error``: the
   sample whose member was cut, or, where no name can be read, a row with an empty key.
 
@@ -41,9 +42,12 @@ from imgcurate.tar import Damage, Members, Problem, TarScan, quoted_name, scan_t
 __all__ = ["IMAGE_EXTENSIONS", "TAR_ENDINGS", "Shard", "ShardIndex", "index_shard", "split_key"]
 
 IMAGE_EXTENSIONS: Final = frozenset(
-    "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm jp2 j2k avif heic heif".split()
+    "jpg jpeg jpe jfif mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm pam jp2 j2k j2c jpc jpf jpx avif heic "
+    "heif hif ico tga qoi pcx sgi".split()
 )
 TAR_ENDINGS: Final = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+# Images that are not decoded: each gets a reason that names its format.
+_REFUSED_EXTENSIONS: Final = frozenset("exr hdr ff svg psd dds jxl jxr icns".split())
 _META_NAME: Final = re.compile(rb"__[^/]*__($|/)")
 _REMOTE_WINDOW_BYTES: Final = 4 * 1024 * 1024
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
@@ -402,7 +406,8 @@ def _images(samples: _Samples) -> np.ndarray:
     image = np.full(len(samples.keys), -1)
     exact = np.array([e in IMAGE_EXTENSIONS for e in samples.exts], bool)
     alike = np.array([e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in samples.exts], bool)
-    for wanted in (alike, exact):
+    refused = np.array([e in _REFUSED_EXTENSIONS for e in samples.exts], bool)
+    for wanted in (refused, alike, exact):
         candidates = np.flatnonzero(wanted[samples.ext])[::-1]
         # Of several values for one place NumPy keeps the last: here the first member.
         image[samples.sample[candidates]] = candidates

@@ -89,6 +89,8 @@ class ImageReaderStage(Stage):
     max_aspect_ratio : float
         So are images whose longer side is more than so many times the shorter one: resized to the
         encoder's input they would be enormous.
+    min_size : int
+        Images whose shorter side has fewer pixels get the status ``too_small``.
     max_image_bytes : int
         Image members with more bytes are refused before they are read.
     text_columns : sequence of str
@@ -101,6 +103,7 @@ class ImageReaderStage(Stage):
     num_threads: int | None = None
     max_pixels: int = MAX_PIXELS
     max_aspect_ratio: float = MAX_ASPECT_RATIO
+    min_size: int = 1
     max_image_bytes: int = 256 * 1024**2
     text_columns: Sequence[str] = ()
     num_gpus_per_worker: float = 1.0
@@ -112,7 +115,7 @@ class ImageReaderStage(Stage):
             raise ConfigError(f"dali_batch_size={self.dali_batch_size} should be >= 1")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads={self.num_threads} should be >= 1")
-        for name in ("max_pixels", "max_aspect_ratio", "max_image_bytes"):
+        for name in ("max_pixels", "max_aspect_ratio", "min_size", "max_image_bytes"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} should be >= 1")
         if not 0 < self.num_gpus_per_worker <= 1:
@@ -169,6 +172,7 @@ def read_pixels(
     with borrow_decoder(
         views, backend, batch_size=size, num_threads=threads,
         max_pixels=reader.max_pixels, max_aspect_ratio=reader.max_aspect_ratio,
+        min_size=reader.min_size,
     ) as decoder:  # fmt: skip
         chunks = prefetch(_read_chunks(table, wanted, size, storage_options), depth=1)
         yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
@@ -177,7 +181,9 @@ def read_pixels(
 def _refused(nbytes: npt.NDArray[np.int64], limit: int) -> Decoded:
     reasons = [f"{n:,} bytes, over the limit of {limit:,} (max_image_bytes)" for n in nbytes.tolist()]
     n = len(reasons)
-    return Decoded(np.zeros(n, bool), {}, reasons, np.zeros(n, np.int32), np.zeros(n, np.int32))
+    return Decoded(
+        np.zeros(n, bool), {}, reasons, np.zeros(n, np.int32), np.zeros(n, np.int32), [schema.STATUS_DECODE_ERROR] * n
+    )
 
 
 def _cut(wanted: npt.NDArray[np.int64], lengths: Sequence[int], size: int) -> Iterator[npt.NDArray[np.int64]]:
