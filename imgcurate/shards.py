@@ -35,7 +35,10 @@ IMAGE_EXTENSIONS: Final = frozenset(
     "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm jp2 j2k avif heic heif".split()
 )
 _META_NAME: Final = re.compile(rb"__[^/]*__($|/)")
-_REMOTE_WINDOW_BYTES: Final = 4 * 1024 * 1024
+# A remote shard is read through a spool, so small windows cost no requests; where images are larger than the
+# gap, nothing but headers is fetched here.
+_REMOTE_WINDOW_BYTES: Final = 64 * 1024
+_REMOTE_GAP_BYTES: Final = 1024 * 1024
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
 _MEMBERS_SHOWN: Final = 8
 
@@ -125,10 +128,11 @@ def index_shard(
 
     Notes
     -----
-    Computes at once. Of a local file only the headers are read; a remote one is read in large blocks.
+    Computes at once. Of a local file only the headers are read; a remote one is fetched
+    in large blocks, which the decoder finds again.
     Time and memory grow with the members, not with their bytes.
     """
-    source = open_source(url, storage_options)
+    source = open_source(url, storage_options, gap_bytes=_REMOTE_GAP_BYTES)
     try:
         scan = scan_tar(source) if is_local(url) else scan_tar(source, window_bytes=_REMOTE_WINDOW_BYTES)
         problems = scan.problems
