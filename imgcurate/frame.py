@@ -13,7 +13,7 @@ from imgcurate import schema
 from imgcurate.backend import get_backend
 from imgcurate.errors import ConfigError
 from imgcurate.shards import index_shard
-from imgcurate.storage import expand_urls
+from imgcurate.storage import expand_urls, read_ahead
 
 __all__ = ["ShardGroup", "group_shards", "index_schema", "read_group", "read_webdataset"]
 
@@ -109,10 +109,11 @@ def read_group(
         One row per sample, in the order of the shards and of the samples in them.
     """
     out = index_schema(text_columns)
-    tables = [
-        index_shard(url, number, storage_options=storage_options, texts=tuple(text_columns)).table
-        for number, url in group
-    ]
+    tables = []
+    for position, (number, url) in enumerate(group):
+        for _, following in group[position + 1 : position + 2]:
+            read_ahead(following, storage_options)
+        tables.append(index_shard(url, number, storage_options=storage_options, texts=tuple(text_columns)).table)
     return pa.concat_tables([t.select(out.names).cast(out) for t in tables]).combine_chunks()
 
 

@@ -1,4 +1,4 @@
-"""HTTP servers on loopback, for tests of remote files: a folder of files, and a proxy; both count, and fail on demand."""
+"""HTTP servers on loopback, for tests: a folder of files, or a proxy, which count requests and fail on demand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Server:
     fault_rate : float
         Share of requests to spoil, chosen by a seeded generator.
     faults : sequence of str
-        Which of FAULTS are used.
+        Which of FAULTS are used, in turn.
+    gone_after : int, optional
+        After so many requests no more are answered: each connection is closed.
     latency_s : float
         Waited before each answer.
     log : list of (method, path, range, bytes of body sent)
@@ -49,6 +51,7 @@ class Server:
     respond: Callable[[http.server.BaseHTTPRequestHandler, bytes], Answer]
     fault_rate: float = 0.0
     faults: tuple[str, ...] = FAULTS
+    gone_after: int | None = None
     stall_s: float = 1.5
     latency_s: float = 0.0
     seed: int = 0
@@ -73,7 +76,7 @@ class Server:
             def answer(self) -> None:
                 server._answer(self)
 
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -104,7 +107,7 @@ class Server:
         with self._lock:
             if self._random.random() >= self.fault_rate:
                 return None
-            fault = self._random.choice(self.faults)
+            fault = self.faults[sum(self.failed.values()) % len(self.faults)]
             self.failed[fault] = self.failed.get(fault, 0) + 1
             return fault
 
@@ -115,6 +118,9 @@ class Server:
                 body += handler.rfile.read(size)
                 handler.rfile.readline()
             handler.rfile.readline()
+        if self.gone_after is not None and len(self.log) >= self.gone_after:
+            handler.close_connection = True
+            return
         fault = self._fault()
         if self.latency_s:
             time.sleep(self.latency_s)
@@ -126,6 +132,9 @@ class Server:
         self._send(handler, answer, fault)
 
     def _send(self, handler: http.server.BaseHTTPRequestHandler, answer: Answer, fault: str | None) -> None:
+        if fault in ("reset", "short") and (handler.command == "HEAD" or not answer.body):
+            handler.close_connection = True
+            return
         handler.send_response(answer.status)
         for name, value in answer.headers.items():
             handler.send_header(name, value)
@@ -226,9 +235,8 @@ class Proxy:
             connection.request(handler.command, handler.path, body=body, headers=headers)
             answer = connection.getresponse()
             data = answer.read()
-            kept = {k: v for k, v in answer.getheaders() if k.lower() not in ("connection", "transfer-encoding", "date")}
-            if handler.command != "HEAD":
-                kept = {k: v for k, v in kept.items() if k.lower() != "content-length"}
+            left_out = {"connection", "transfer-encoding", "date", *(["content-length"] * (handler.command != "HEAD"))}
+            kept = {k: v for k, v in answer.getheaders() if k.lower() not in left_out}
             if answer.status == 204:
                 kept["Content-Length"] = "0"
             return Answer(answer.status, kept, data)

@@ -20,7 +20,7 @@ from imgcurate.batches import PixelView
 from imgcurate.decode import MAX_ASPECT_RATIO, MAX_PIXELS, Decoded, borrow_decoder
 from imgcurate.errors import ConfigError
 from imgcurate.stages.base import IMAGE, Stage
-from imgcurate.storage import Source, open_source, read_ranges
+from imgcurate.storage import Source, open_source, read_ahead, read_ranges
 
 __all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
 
@@ -44,7 +44,8 @@ class FilePartitioningStage(Stage):
 
     file_paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     files_per_partition: int = 1
-    storage_options: Mapping[str, Any] | None = None
+    # Not shown, for it may hold secrets.
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.files_per_partition < 1:
@@ -191,6 +192,8 @@ def _read_chunks(
                     if source is not None:
                         source.close()
                     source = open_source(url, storage_options)
+                    if (following := _next_shard(shards, wanted, url)) is not None:
+                        read_ahead(following, storage_options)
                 rows = chunk.positions[first:last]
                 chunk.blobs.extend(read_ranges(source, [(offsets[i], lengths[i]) for i in rows]))
                 first = last
@@ -198,6 +201,15 @@ def _read_chunks(
     finally:
         if source is not None:
             source.close()
+
+
+def _next_shard(shards: Sequence[str], wanted: npt.NDArray[np.int64], url: str) -> str | None:
+    """Return the shard that is read after this one."""
+    rows = iter(wanted.tolist())
+    for row in rows:
+        if shards[row] == url:
+            break
+    return next((shards[row] for row in rows if shards[row] != url), None)
 
 
 class _Failure:
