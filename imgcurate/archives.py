@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from imgcurate.remote import GAP_BYTES
 from imgcurate.storage import Source, StorageOptions, is_local, modified, open_source
 from imgcurate.streams import ForwardSource, decompressed, is_compressed
 from imgcurate.tables import TableSource, is_table
@@ -22,8 +23,8 @@ _idle: dict[tuple[str, str], Source] = {}
 _idle_lock = threading.Lock()
 
 
-def open_archive(url: str, storage_options: StorageOptions | None = None) -> Source:
-    """Open a tar, compressed or not, or a table of images for ranged reads.
+def open_archive(url: str, storage_options: StorageOptions | None = None, *, gap_bytes: int = GAP_BYTES) -> Source:
+    """Open a tar, compressed or not, or a table of images for ranged reads; see :func:`open_source`.
 
     Raises
     ------
@@ -34,7 +35,7 @@ def open_archive(url: str, storage_options: StorageOptions | None = None) -> Sou
     InputError
         If it is one without a column of images.
     """
-    source = open_source(url, storage_options)
+    source = open_source(url, storage_options, gap_bytes=gap_bytes)
     try:
         head = source.pread(0, _HEAD_BYTES)
         if is_compressed(head):

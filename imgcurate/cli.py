@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
@@ -52,6 +52,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in the output folder.")]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage-option", metavar="KEY=VALUE",
+        help="Option of the inputs' store, such as anon=true or client_kwargs.endpoint_url=URL; repeatable.",
+    ),
+]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the accounting alone.")]
 
 
@@ -140,6 +147,7 @@ def curate(
     images_per_tar: Annotated[int, typer.Option(min=1, help="Samples per output shard.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     files_per_partition: Annotated[int, typer.Option(min=1, help="Shards per partition.")] = 1,
+    storage_option: StorageOption = None,
     device: Device = "auto",
     workers: Workers = None,
     scheduler: Scheduler = None,
@@ -168,7 +176,9 @@ def curate(
         )  # fmt: skip
     limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "min_size": min_size}
     limits = {k: v for k, v in limits.items() if v is not None}
-    pipeline = _pipeline(inputs, stages, images_per_tar, files_per_partition, batch_size, **limits)
+    pipeline = _pipeline(
+        inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], **limits
+    )
     result = _run(pipeline, output, device, workers, scheduler, overwrite, quiet)
     typer.echo(result.accounting())
 
@@ -199,12 +209,14 @@ def run(
 @app.command(epilog="Example: imgcurate inspect 'shards/*.tar'")
 def inspect(
     inputs: Inputs,
+    storage_option: StorageOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object.")] = False,
 ) -> None:
     """Show what is in shards, without decoding: samples, members, sizes, problems."""
+    from imgcurate.config import storage_options
     from imgcurate.inspection import inspect_shards
 
-    report = inspect_shards(inputs)
+    report = inspect_shards(inputs, storage_options=storage_options(storage_option or []))
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=1))
         return
@@ -235,14 +247,16 @@ def _pipeline(
     images_per_tar: int,
     files_per_partition: int = 1,
     batch_size: int = 32,
+    storage_option: Sequence[str] = (),
     **limits: Any,
 ) -> Any:
+    from imgcurate.config import storage_options
     from imgcurate.pipeline import Pipeline
     from imgcurate.stages import FilePartitioningStage, ImageReaderStage, ImageWriterStage
 
     return Pipeline(
         [
-            FilePartitioningStage(inputs, files_per_partition),
+            FilePartitioningStage(inputs, files_per_partition, storage_options(storage_option)),
             ImageReaderStage(dali_batch_size=batch_size, **limits),
             *stages,
             ImageWriterStage(images_per_tar=images_per_tar),

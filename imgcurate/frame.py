@@ -15,6 +15,7 @@ from imgcurate.errors import ConfigError
 from imgcurate.inputs import find_shards
 from imgcurate.shards import Shard, index_shard
 from imgcurate.sidecars import NO_SIDECARS, SidecarColumns, Sidecars, find_sidecars
+from imgcurate.storage import read_ahead
 
 __all__ = ["ShardGroup", "group_shards", "index_schema", "read_group", "read_webdataset"]
 
@@ -126,7 +127,10 @@ def read_group(
     """
     out = index_schema(text_columns, sidecars)
     tables = []
-    for number, shard in group:
+    for position, (number, shard) in enumerate(group):
+        for _, following in group[position + 1 : position + 2]:
+            if not following.files:
+                read_ahead(following.url, storage_options)
         index = index_shard(shard, number, storage_options=storage_options, texts=tuple(text_columns))
         tables.append(sidecars.join(index.table, shard, storage_options))
     return pa.concat_tables([t.select(out.names).cast(out) for t in tables]).combine_chunks()

@@ -49,7 +49,10 @@ TAR_ENDINGS: Final = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2"
 # Images that are not decoded: each gets a reason that names its format.
 _REFUSED_EXTENSIONS: Final = frozenset("exr hdr ff svg psd dds jxl jxr icns".split())
 _META_NAME: Final = re.compile(rb"__[^/]*__($|/)")
-_REMOTE_WINDOW_BYTES: Final = 4 * 1024 * 1024
+# A remote shard is read through a spool, so small windows cost no requests; where images are larger than the
+# gap, nothing but headers is fetched here.
+_REMOTE_WINDOW_BYTES: Final = 64 * 1024
+_REMOTE_GAP_BYTES: Final = 1024 * 1024
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
 _MEMBERS_SHOWN: Final = 8
 _EXT_SHOWN: Final = 40
@@ -185,7 +188,8 @@ def index_shard(
 
     Notes
     -----
-    Computes at once. Of a local file only the headers are read; a remote one is read in large blocks.
+    Computes at once. Of a local file only the headers are read; a remote one is fetched
+    in large blocks, which the decoder finds again.
     Time and memory grow with the members, not with their bytes.
     """
     if isinstance(shard, str):
@@ -219,7 +223,7 @@ def _open(shard: Shard, storage_options: Mapping[str, Any] | None) -> Iterator[_
         yield _Contents(TarScan(members, problems), None, unreadable, read, int(members.size.sum()))
         return
     try:
-        source = open_archive(shard.url, storage_options)
+        source = open_archive(shard.url, storage_options, gap_bytes=_REMOTE_GAP_BYTES)
     except DamagedStreamError as exc:
         scan = TarScan(Members.none(), [], Damage(0, str(exc), ""))
         yield _Contents(scan, None, {}, lambda _: iter(()), file_size(shard.url, storage_options))

@@ -27,7 +27,7 @@ from imgcurate.inputs import find_shards
 from imgcurate.shards import Shard
 from imgcurate.sidecars import SidecarColumns, Sidecars, find_sidecars
 from imgcurate.stages.base import IMAGE, Stage
-from imgcurate.storage import is_local, read_bytes, read_ranges
+from imgcurate.storage import is_local, read_ahead, read_bytes, read_ranges
 
 __all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
 
@@ -55,7 +55,8 @@ class FilePartitioningStage(Stage):
 
     file_paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     files_per_partition: int = 1
-    storage_options: Mapping[str, Any] | None = None
+    # Not shown, for it may hold secrets.
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     sidecar_columns: SidecarColumns = "auto"
 
     def __post_init__(self) -> None:
@@ -205,15 +206,19 @@ def _read_chunks(
 ) -> Iterator[_Chunk]:
     rows = table.select([schema.SHARD, schema.FILES, schema.OFFSET, schema.NBYTES]).to_pydict()
     shards, files, offsets, lengths = rows.values()
+    last = None
     with Archives(storage_options, limit=1) as archives:
         for positions in _cut(wanted, lengths, size):
             chunk = _Chunk(positions)
             for url, group in itertools.groupby(positions.tolist(), key=shards.__getitem__):
                 members = list(group)
-                if files[members[0]] is None:
-                    chunk.blobs.extend(read_ranges(archives(url), [(offsets[i], lengths[i]) for i in members]))
-                else:
+                if files[members[0]] is not None:
                     chunk.blobs.extend(_read_files([file_url(url, files[i][0]) for i in members], storage_options))
+                    continue
+                if url != last and (following := _next_shard(shards, wanted, url)) is not None:
+                    read_ahead(following, storage_options)
+                last = url
+                chunk.blobs.extend(read_ranges(archives(url), [(offsets[i], lengths[i]) for i in members]))
             yield chunk
 
 
@@ -223,6 +228,15 @@ def _read_files(urls: Sequence[str], storage_options: Mapping[str, Any] | None) 
         return [read_bytes(url) for url in urls]
     with ThreadPoolExecutor(_FILE_THREADS) as pool:
         return list(pool.map(lambda url: read_bytes(url, storage_options), urls))
+
+
+def _next_shard(shards: Sequence[str], wanted: npt.NDArray[np.int64], url: str) -> str | None:
+    """Return the shard that is read after this one."""
+    rows = iter(wanted.tolist())
+    for row in rows:
+        if shards[row] == url:
+            break
+    return next((shards[row] for row in rows if shards[row] != url), None)
 
 
 class _Failure:
