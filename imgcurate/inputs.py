@@ -28,6 +28,7 @@ from imgcurate.storage import (
     StorageOptions,
     expand_urls,
     file_size,
+    is_folder,
     is_local,
     list_tree,
     local_path,
@@ -130,31 +131,17 @@ def _file_states(shard: Shard) -> list[str]:
 def _kind(url: str, storage_options: StorageOptions | None) -> str:
     """Return "archive", "folder" or "image"."""
     name = url.split("?", 1)[0].lower() if not is_local(url) else url.lower()
-    # os.path says no of names that no file can have, where pathlib raises.
-    if is_local(url) and os.path.isdir(local_path(url)):  # noqa: PTH112
+    if is_local(url) and is_folder(url):
         return "folder"
     if name.endswith((*TAR_ENDINGS, *TABLE_ENDINGS)):
         return "archive"
     if split_key(name)[1].rpartition(".")[2] in IMAGE_EXTENSIONS:
         return "image"
-    if name.endswith("/") or not _is_file(url, storage_options):
+    if is_folder(url, storage_options):
         return "folder"
+    file_size(url, storage_options)
     _check_magic(url, storage_options)
     return "archive"
-
-
-def _is_file(url: str, storage_options: StorageOptions | None) -> bool:
-    if is_local(url):
-        path = local_path(url)
-        if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
-            raise InputError(f"{url} is no regular file: expected {_EXPECTED}")
-    try:
-        file_size(url, storage_options)
-    except InputError:
-        if is_local(url) or not list_tree(url, storage_options, most=1):
-            raise
-        return False
-    return True
 
 
 def _check_magic(url: str, storage_options: StorageOptions | None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import logging
 import os
 import shutil
@@ -37,6 +36,7 @@ __all__ = [
     "expand_urls",
     "file_size",
     "free_bytes",
+    "is_folder",
     "is_local",
     "join_url",
     "list_files",
@@ -276,13 +276,25 @@ def list_files(folder: str, suffix: str, storage_options: StorageOptions | None 
     return sorted(name for f in found if (name := str(f).rsplit("/", 1)[-1]).endswith(suffix))
 
 
-def list_tree(folder: str, storage_options: StorageOptions | None = None, most: int | None = None) -> dict[str, int]:
-    """Return the files below a remote folder, by their path in it, with their sizes; `most` of them at the most."""
+def is_folder(url: str, storage_options: StorageOptions | None = None) -> bool:
+    """Return whether `url` is a folder; a web server has none."""
+    if is_local(url):
+        # os.path says no of names that no file can have, where pathlib raises.
+        return os.path.isdir(local_path(url))  # noqa: PTH112
+    if url.startswith("http"):
+        return False
+    fs, path = filesystem(url, storage_options)
+    return bool(retry(lambda: fs.isdir(path), f"cannot look up {url}"))
+
+
+def list_tree(folder: str, storage_options: StorageOptions | None = None) -> dict[str, int]:
+    """Return the files below a remote folder, by their path in it, with their sizes; without hidden folders."""
     fs, path = filesystem(folder, storage_options)
+    fs.invalidate_cache()
     found = retry(lambda: fs.find(path, detail=True), f"cannot list {folder}")
     prefix = path.rstrip("/") + "/"
-    files = ((str(name).removeprefix(prefix), int(info.get("size") or 0)) for name, info in sorted(found.items()))
-    return dict(itertools.islice(files, most))
+    sizes = {str(name).removeprefix(prefix): int(info.get("size") or 0) for name, info in sorted(found.items())}
+    return {name: size for name, size in sizes.items() if "/." not in f"/{name.rpartition('/')[0]}"}
 
 
 def make_folder(url: str, storage_options: StorageOptions | None = None) -> None:

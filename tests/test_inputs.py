@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -373,3 +375,35 @@ def test_inspect_shows_inputs_of_every_kind(folder: Path, img2dataset: Path, pho
     assert samples[f"{folder}/%FF.jpg ..."] == (17, 15, True)
     problems = next(s.problems for s in report.shards if s.url.startswith(str(folder)))
     assert problems == {"special file": 1, "hidden file": 1, "not UTF-8": 1}
+
+
+# Elsewhere
+
+
+def test_remote_inputs_of_every_kind_give_the_bytes_of_local_ones(
+    folder: Path, img2dataset: Path, photos, encode, client: Client, tmp_path: Path
+) -> None:
+    """The workers of the fixture are threads of this process, so they see its memory:// files."""
+    for name in ("pipe.jpg", "gone.jpg"):
+        (folder / name).unlink()
+    write_table(huggingface_table([photos[i % 60] for i in range(70)], encode), tmp_path / "t.parquet")
+    (tmp_path / "z.tar.gz").write_bytes(gzip.compress((img2dataset / "00001.tar").read_bytes()))
+    local = tmp_path / "in"
+    local.mkdir()
+    for path in (folder, img2dataset, tmp_path / "t.parquet", tmp_path / "z.tar.gz"):
+        path.rename(local / path.name)
+    files = fsspec.filesystem("memory")
+    try:
+        files.put(f"{local}/", "/in", recursive=True)
+        names = ["photos", "laion", "t.parquet", "z.tar.gz"]
+        runs = {}
+        for kind, base in (("local", str(local)), ("memory", "memory://in")):
+            inputs = [f"{base}/{name}" for name in names]
+            result = tiny_pipeline(inputs).run(str(tmp_path / kind), client=client)
+            catalog = result.catalog.compute().drop(columns=["shard", "embedding"]).astype(str)
+            tars = {n: c for n, c in checksums(tmp_path / kind).items() if n.endswith(".tar")}
+            runs[kind] = result.counts, tars, catalog.values.tolist()
+    finally:
+        files.rm("/in", recursive=True)
+    assert runs["local"][0] == {"decode_error": 2, "no_image": 3, "ok": 96}
+    assert runs["memory"] == runs["local"]
