@@ -120,15 +120,15 @@ VALID = st.builds(
 def reference(data: bytes, *, ignore_zeros: bool) -> list[tarfile.TarInfo]:
     """Return the regular members that tarfile lists before it stops, less those that are no files for us.
 
-    tarfile lists a member whose data are cut; a path that ends with a slash is a directory for us in
-    every format; a sparse file is none that could be copied.
+    tarfile lists a member whose data are cut, and some of its versions one of a negative size; a path
+    that ends with a slash is a directory for us in every format; a sparse file is none that could be copied.
     """
     found: list[tarfile.TarInfo] = []
     try:
         stream = io.BytesIO(data)
         options = {"encoding": "utf-8", "errors": "surrogateescape", "ignore_zeros": ignore_zeros}
         with tarfile.open(fileobj=stream, mode="r:", **options) as tar:
-            found.extend(tar)
+            found.extend(itertools.takewhile(lambda i: i.size >= 0, tar))
     except (tarfile.TarError, OSError, ValueError, OverflowError):
         pass
     return [
