@@ -196,9 +196,10 @@ def run(
     """Run a pipeline that a YAML file describes."""
     from imgcurate.config import load_config
 
-    # Stages of one's own are imported from where the command runs, as Python does it.
-    sys.path.insert(0, str(Path.cwd()))
     config = load_config(pipeline)
+    if config.imports_stages:
+        # They are imported from where the command runs, as Python does it; nothing else is.
+        sys.path.insert(0, str(Path.cwd()))
     result = _run(
         config.pipeline(), output, device or config.device, workers or config.workers,
         scheduler or config.scheduler, overwrite, quiet,

@@ -55,6 +55,7 @@ _OTHER_TYPES: Final = {
 }  # fmt: skip
 _SPARSE: Final = ord("S")
 _SPARSE_RECORDS: Final = frozenset({b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size"})
+_MEMBER_RECORDS: Final = _SPARSE_RECORDS | {b"path", b"size", b"GNU.sparse.name"}
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS = (ord(c) for c in "LKxgX")
 _EXTENSIONS: Final = frozenset({_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS})
 _ZIP: Final = b"PK\x03\x04"
@@ -395,7 +396,8 @@ class _Scanner:
 
     def _extension(self, kind: int, size: int, position: int) -> int:
         """Take in a long name or PAX records, and return where the next header starts."""
-        if kind == _LONG_LINK or (kind == _PAX_GLOBAL and size <= _MAX_EXTENSION_BYTES):
+        inside = kind == _PAX_GLOBAL and self._header_offset >= 0
+        if kind == _LONG_LINK or (kind == _PAX_GLOBAL and not inside and size <= _MAX_EXTENSION_BYTES):
             # A link is left out anyway; global records name neither a path nor a size of one member.
             return position + size + -size % BLOCK
         if size > _MAX_EXTENSION_BYTES:
@@ -407,10 +409,20 @@ class _Scanner:
             raise TarError(
                 f"truncated tar: an extension header needs {size:,} bytes, {len(data):,} are there", position
             )
+        # Of several headers of one member the first one holds, as for tarfile.
         if kind == _LONG_NAME:
-            self._long_name = data.split(b"\0", 1)[0]
+            if self._long_name is None and b"path" not in self._pax:
+                self._long_name = data.split(b"\0", 1)[0]
+            return position + size + -size % BLOCK
+        records = pax_records(data, position)
+        if inside:
+            # It is copied with its member, and would rename others wherever it comes to.
+            if not records.keys().isdisjoint(_MEMBER_RECORDS):
+                raise TarError("a global header that names the path or size of a member", position)
         else:
-            self._pax |= pax_records(data, position)
+            if self._long_name is not None:
+                records.pop(b"path", None)
+            self._pax = records | self._pax
         return position + size + -size % BLOCK
 
     def _overridden(self, name: bytes, size: int, position: int) -> tuple[bytes, int]:

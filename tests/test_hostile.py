@@ -223,6 +223,24 @@ def test_a_size_that_covers_other_members_hides_them_and_overlaps_nothing(tmp_pa
     assert column(found, schema.NBYTES) == [len(inner), 4]
 
 
+def test_a_global_header_cannot_rename_what_is_copied_after_it(tmp_path: Path) -> None:
+    inside = pax(path=b"a.jpg") + pax(b"g", path=b"evil.jpg") + member(b"x", b"1")
+    found = index(tmp_path / "a.tar", member(b"0.jpg", b"0") + inside + member(b"b.jpg", b"2") + END)
+    assert column(found, schema.KEY) == ["0", ""]
+    assert "a global header that names the path or size of a member" in column(found, schema.REASON)[1]
+    # Before a member it is not part of it, and is not copied.
+    found = index(tmp_path / "a.tar", pax(b"g", path=b"evil.jpg") + member(b"b.jpg", b"2") + END)
+    assert column(found, schema.SPANS) == [[1024, 1024]]
+
+
+@pytest.mark.parametrize("first", [pax(path=b"a.jpg"), member(b"L", b"a.jpg\0", b"L")], ids=["PAX", "GNU"])
+@pytest.mark.parametrize("second", [pax(path=b"b.jpg"), member(b"L", b"b.jpg\0", b"L")], ids=["PAX", "GNU"])
+def test_of_several_names_that_holds_which_webdataset_reads(first: bytes, second: bytes, tmp_path: Path) -> None:
+    found = index(tmp_path / "a.tar", first + second + member(b"c.jpg", b"1") + END)
+    (sample,) = webdataset.WebDataset([str(tmp_path / "a.tar")], shardshuffle=False)
+    assert column(found, schema.KEY) == [sample["__key__"]] == ["a"]
+
+
 def test_a_nul_in_a_name_ends_it(tmp_path: Path) -> None:
     data = pax(path=b"a\0b.jpg") + member(b"x", b"1") + pax(path=b"c.jpg\0/../../d") + member(b"y", b"2") + END
     found = index(tmp_path / "a.tar", data)

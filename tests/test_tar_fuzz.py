@@ -84,6 +84,7 @@ def odd_member(draw: st.DrawFn) -> bytes:
         "GNU__sparse__major": b"1", "GNU__sparse__minor": b"0", "GNU__sparse__name": b"s.jpg",
         "GNU__sparse__realsize": b"9" * 12,
     }  # fmt: skip
+    longer = member(b"././@LongLink", b"l/" * 90 + b"n.txt\0", b"L")
     made = {
         "v7": lambda: header(name, size, draw(st.sampled_from([b"0", b"\0"])), magic=bytes(8)) + body,
         "numbers": lambda: header(name, (draw(st.sampled_from(numbers)) % size).ljust(12, b"\0")) + body,
@@ -91,8 +92,16 @@ def odd_member(draw: st.DrawFn) -> bytes:
         "base-256": lambda: header(name, b"\x80" + size.to_bytes(11, "big")) + body,
         "prefix": lambda: header(name, size, prefix=b"p" * 155) + body,
         "pax": lambda: pax(path=b"long/" * 30 + b"n.jpg", size=b"%d" % size) + header(name, 0) + body,
+        "several": lambda: (
+            draw(
+                st.sampled_from([pax(path=b"1.jpg"), pax(path=b"2.jpg", size=b"%d" % size), longer, pax(comment=b"c")])
+            )
+            + draw(st.sampled_from([pax(path=b"3.jpg"), longer, pax(size=b"%d" % size)]))
+            + header(name, size)
+            + body
+        ),
         "global": lambda: pax(b"g", comment=b"c" * 600) + header(name, size) + body,
-        "long name": lambda: member(b"././@LongLink", b"l/" * 90 + b"n.txt\0", b"L") + header(name, size) + body,
+        "long name": lambda: longer + header(name, size) + body,
         "long link": lambda: (
             member(b"././@LongLink", b"t" * 300 + b"\0", b"K") + header(name, 0, b"2", link=b"t" * 100)
         ),
@@ -120,15 +129,15 @@ VALID = st.builds(
 def reference(data: bytes, *, ignore_zeros: bool) -> list[tarfile.TarInfo]:
     """Return the regular members that tarfile lists before it stops, less those that are no files for us.
 
-    tarfile lists a member whose data are cut; a path that ends with a slash is a directory for us in
-    every format; a sparse file is none that could be copied.
+    tarfile lists a member whose data are cut, and some of its versions one of a negative size; a path
+    that ends with a slash is a directory for us in every format; a sparse file is none that could be copied.
     """
     found: list[tarfile.TarInfo] = []
     try:
         stream = io.BytesIO(data)
         options = {"encoding": "utf-8", "errors": "surrogateescape", "ignore_zeros": ignore_zeros}
         with tarfile.open(fileobj=stream, mode="r:", **options) as tar:
-            found.extend(tar)
+            found.extend(itertools.takewhile(lambda i: i.size >= 0, tar))
     except (tarfile.TarError, OSError, ValueError, OverflowError):
         pass
     return [
@@ -188,9 +197,8 @@ def mutated(draw: st.DrawFn) -> bytes:
 def differs_by_intent(data: bytes) -> bool:
     """Return whether an archive has what tarfile reads by other rules, so that only sanity is asked for.
 
-    tarfile applies paths and sizes of global records, lets the first of several extension headers of one
-    member win, takes a PAX size that is no number for 0, takes ustar's prefix without ustar's magic, keeps what
-    stands behind a NUL in a PAX path, and reads an empty checksum as 0.
+    tarfile applies paths and sizes of global records, takes a PAX size that is no number for 0, takes ustar's
+    prefix without ustar's magic, keeps what stands behind a NUL in a PAX path, and reads an empty checksum as 0.
     """
     blocks = [data[i : i + BLOCK] for i in range(0, len(data), BLOCK)]
     types = [b[156:157] for b in blocks if len(b) == BLOCK and any(b)]
