@@ -7,6 +7,7 @@ ends. Where the disk is full, a few pages are kept in memory instead.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -159,7 +160,8 @@ class Spool:
             self._done.clear()
             if self._file is not None:
                 # Not closed: another thread may be reading, and finds nothing.
-                self._file.truncate(0)
+                with contextlib.suppress(OSError):
+                    self._file.truncate(0)
 
     def whole(self, key: Hashable, fetch: Callable[[IO[bytes]], Any]) -> IO[bytes]:
         """Return a whole file, fetched by whoever asks first.
