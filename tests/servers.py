@@ -136,6 +136,9 @@ class Server:
         if fault in ("reset", "short") and (handler.command == "HEAD" or not answer.body):
             handler.close_connection = True
             return
+        # Counted before it is sent: who has the last bytes finds them counted.
+        entry = [handler.command, handler.path, handler.headers.get("Range", ""), 0]
+        self.log.append(entry)
         handler.send_response(answer.status)
         for name, value in answer.headers.items():
             handler.send_header(name, value)
@@ -145,10 +148,7 @@ class Server:
         body = b"" if handler.command == "HEAD" else answer.body
         if fault in ("reset", "short"):
             body = body[: len(body) // 2]
-        entry = [handler.command, handler.path, handler.headers.get("Range", ""), 0]
-        self.log.append(entry)
         for start in range(0, len(body), 65_536):
-            # Counted first: who has the last bytes finds them counted.
             entry[3] += len(body[start : start + 65_536])
             handler.wfile.write(body[start : start + 65_536])
         if fault == "reset":

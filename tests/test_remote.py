@@ -256,7 +256,7 @@ def test_a_full_disk_costs_nothing_but_requests(
     monkeypatch.setattr(spool, "_shared", small)
     server = serve()
     assert read_all(f"{server.url}/x.bin") == data
-    assert "not kept on the disk any more: [Errno 28] No space left on device" in caplog.text
+    assert "not kept on the disk any more: [Errno 28]" in caplog.text
 
 
 def page(number: int) -> bytes:
