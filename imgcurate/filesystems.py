@@ -6,6 +6,7 @@ that is gone would be asked 150 times.
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import re
@@ -102,8 +103,10 @@ def filesystem(url: str, storage_options: StorageOptions | None) -> tuple[Any, s
     if protocol in ("s3", "s3a"):
         once = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
         options["config_kwargs"] = once | dict(options.get("config_kwargs") or {})
+        # Parts of 50 MiB, each in memory, of an object that is written.
+        options.setdefault("max_concurrency", 4)
     try:
-        if protocol in ("http", "https"):
+        if protocol in ("http", "https") and "timeout" not in (options.get("client_kwargs") or {}):
             options["timeout"] = _timeout(options.get("timeout", _STALL_S))
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as exc:
@@ -176,7 +179,11 @@ def retry(
 def _is_permanent(exc: Exception) -> bool:
     if isinstance(exc, TimeoutError):
         return False
-    if isinstance(exc, _NOT_THERE) or type(exc).__name__ in _NO_CREDENTIALS:
+    if (
+        getattr(exc, "errno", None) == errno.ENOSPC
+        or isinstance(exc, _NOT_THERE)
+        or type(exc).__name__ in _NO_CREDENTIALS
+    ):
         return True
     status = _status(exc)
     if status is not None:

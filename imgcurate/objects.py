@@ -24,6 +24,7 @@ from imgcurate.filesystems import (
     retry,
     shown_url,
 )
+from imgcurate.spool import check_room
 
 __all__ = ["RemoteFile", "open_remote"]
 
@@ -213,6 +214,7 @@ class _HttpFile(RemoteFile):
         async with self._ask(None, fine=(200,)) as answer:
             self._check(None, answer.headers.get(self._version_header))
             async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
+                check_room(file.fileno())
                 file.write(chunk)
         if self.size >= 0 and file.tell() != self.size:
             raise OSError(f"short read: {file.tell():,} of {self.size:,} bytes")

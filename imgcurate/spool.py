@@ -7,6 +7,8 @@ ends. Where the disk is full, a few pages are kept in memory instead.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import random
@@ -18,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-__all__ = ["PAGE_BYTES", "Spool", "shared_spool", "temporary_file"]
+__all__ = ["PAGE_BYTES", "Spool", "check_room", "shared_spool", "temporary_file"]
 
 PAGE_BYTES: Final = 1024 * 1024
 _LIMIT_BYTES: Final = 4 * 1024**3
 _SHARE_OF_FREE: Final = 4
 _MEMORY_PAGES: Final = 32
+_SPARE_BYTES: Final = 512 * 1024**2
 logger = logging.getLogger(__name__)
 
 Page = tuple[Hashable, int]
@@ -102,11 +105,13 @@ class Spool:
         kept = self._take()
         if kept is None:
             return
-        try:
-            if kept.slot >= 0 and os.pwrite(self._open(), data, kept.slot * PAGE_BYTES) < len(data):
-                raise OSError("the disk is full")
-        except OSError as exc:
-            self._give_up_disk(exc)
+        if kept.slot >= 0:
+            try:
+                check_room(file := self._open())
+                if os.pwrite(file, data, kept.slot * PAGE_BYTES) < len(data):
+                    raise OSError(errno.ENOSPC, "the disk is full")
+            except OSError as exc:
+                self._give_up_disk(exc)
         with self._lock:
             if self._disk_is_full:
                 kept = _Kept(-1, data)
@@ -159,7 +164,8 @@ class Spool:
             self._done.clear()
             if self._file is not None:
                 # Not closed: another thread may be reading, and finds nothing.
-                self._file.truncate(0)
+                with contextlib.suppress(OSError):
+                    self._file.truncate(0)
 
     def whole(self, key: Hashable, fetch: Callable[[IO[bytes]], Any]) -> IO[bytes]:
         """Return a whole file, fetched by whoever asks first.
@@ -195,6 +201,19 @@ def _size(file: IO[bytes]) -> int:
 def temporary_file(folder: str | None = None) -> IO[bytes]:
     """Return an anonymous file in ``$TMPDIR`` if that is set, else in ``/var/tmp``, for ``/tmp`` may be memory."""
     return tempfile.TemporaryFile(dir=folder or _folder())
+
+
+def check_room(file: int) -> None:
+    """Refuse to take the last of a disk, which the output may need.
+
+    Raises
+    ------
+    OSError
+        If less than 512 MiB are free on the disk of an open file.
+    """
+    stats = os.fstatvfs(file)
+    if stats.f_bavail * stats.f_frsize < _SPARE_BYTES:
+        raise OSError(errno.ENOSPC, f"less than {_SPARE_BYTES:,} bytes are free on the disk of temporary files")
 
 
 def _folder() -> str:

@@ -273,7 +273,9 @@ def list_files(folder: str, suffix: str, storage_options: StorageOptions | None 
         if isinstance(exc.__cause__, FileNotFoundError):
             return []
         raise
-    return sorted(name for f in found if (name := str(f).rsplit("/", 1)[-1]).endswith(suffix))
+    # Some programs mark a folder with an object whose name ends with a slash.
+    names = (str(f).rsplit("/", 1)[-1] for f in found)
+    return sorted(name for name in names if name and name.endswith(suffix))
 
 
 def is_folder(url: str, storage_options: StorageOptions | None = None) -> bool:
@@ -388,8 +390,11 @@ def atomic_write(url: str, storage_options: StorageOptions | None = None) -> Ite
     if not is_local(url):
         fs, path = filesystem(url, storage_options)
         with temporary_file() as file:
-            yield file
-            file.flush()
+            try:
+                yield file
+                file.flush()
+            except OSError as exc:
+                raise StorageError(f"cannot write {shown_url(url)}: {exc.strerror or exc}") from exc
             # A file without a name can be opened anew, for each try, under this one.
             name = f"/proc/self/fd/{file.fileno()}"
             retry(lambda: fs.put_file(name, path), f"cannot write {url}")

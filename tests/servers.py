@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 FAULTS = ("500", "503", "reset", "short", "stall")
 
@@ -42,7 +43,7 @@ class Server:
         After so many requests no more are answered: each connection is closed.
     latency_s : float
         Waited before each answer.
-    log : list of (method, path, range, bytes of body sent)
+    log : list of [method, path, range, bytes of body sent]
         The requests.
     failed : dict of str to int
         Faults that were made, by kind.
@@ -55,7 +56,7 @@ class Server:
     stall_s: float = 1.5
     latency_s: float = 0.0
     seed: int = 0
-    log: list[tuple[str, str, str, int]] = field(default_factory=list)
+    log: list[list[Any]] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> Server:
@@ -135,6 +136,9 @@ class Server:
         if fault in ("reset", "short") and (handler.command == "HEAD" or not answer.body):
             handler.close_connection = True
             return
+        # Counted before it is sent: who has the last bytes finds them counted.
+        entry = [handler.command, handler.path, handler.headers.get("Range", ""), 0]
+        self.log.append(entry)
         handler.send_response(answer.status)
         for name, value in answer.headers.items():
             handler.send_header(name, value)
@@ -144,13 +148,9 @@ class Server:
         body = b"" if handler.command == "HEAD" else answer.body
         if fault in ("reset", "short"):
             body = body[: len(body) // 2]
-        sent = 0
-        try:
-            for sent in range(0, len(body), 65_536):
-                handler.wfile.write(body[sent : sent + 65_536])
-            sent = len(body)
-        finally:
-            self.log.append((handler.command, handler.path, handler.headers.get("Range", ""), sent))
+        for start in range(0, len(body), 65_536):
+            entry[3] += len(body[start : start + 65_536])
+            handler.wfile.write(body[start : start + 65_536])
         if fault == "reset":
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if fault in ("reset", "short") or "x-no-length" in answer.headers:
