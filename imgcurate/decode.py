@@ -150,7 +150,7 @@ class Decoder:
                 pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
                 images, sizes = self._run(self._pixel_graph(), [pixels])
             except (UndecodableError, RuntimeError) as exc:
-                reasons[i], statuses[i] = _reason(exc), schema.STATUS_DECODE_ERROR
+                reasons[i], statuses[i] = _reason(exc), _status(exc)
                 continue
             parts.append(([i], images, sizes))
         return self._assemble(parts, reasons, widths, heights, statuses)
@@ -299,6 +299,10 @@ def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64]) -> Iterator[lis
 
 def _reason(exc: Exception) -> str:
     return str(exc) if isinstance(exc, UndecodableError) else "the image decodes and cannot be resized"
+
+
+def _status(exc: Exception) -> str:
+    return schema.STATUS_DECODER_CRASH if isinstance(exc.__cause__, MemoryError) else schema.STATUS_DECODE_ERROR
 
 
 def _int32(value: int) -> int:

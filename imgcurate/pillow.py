@@ -46,7 +46,6 @@ _WORDS: Final = tuple(
         "damaged {format}: a number in it is broken": "token|invalid literal|non-decimal",
         "damaged {format}: a part of it lies outside the image": "tile cannot extend",
         "a kind of {format} that is not supported": "not available|codec|compression|unknown (raw|pixel) mode",
-        "{format} that needs more memory than there is": "memory",
     }.items()
 )
 
@@ -93,6 +92,8 @@ def decode_with_pillow(data: bytes, *, max_pixels: int) -> npt.NDArray[np.uint8]
 
 def reason_of(exc: BaseException, format_: str) -> str:
     """Say in words why an image does not decode, without the inner life of libraries."""
+    if isinstance(exc, MemoryError):
+        return f"{format_} that needs more memory than there is"
     text = str(exc).strip() or type(exc).__name__
     for pattern, words in _WORDS:
         if pattern.search(text):

@@ -19,6 +19,7 @@ from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
 from imgcurate.decode import MAX_ASPECT_RATIO, MAX_PIXELS, Decoded, borrow_decoder
 from imgcurate.errors import ConfigError
+from imgcurate.isolation import IsolatedDecoder
 from imgcurate.stages.base import IMAGE, Stage
 from imgcurate.storage import Source, open_source, read_ranges
 
@@ -126,10 +127,12 @@ def read_pixels(
     *,
     num_threads: int,
     storage_options: Mapping[str, Any] | None = None,
+    isolated: bool = False,
 ) -> Iterator[tuple[npt.NDArray[np.int64], Decoded]]:
     """Read and decode the images of a partition, ahead of the caller.
 
-    While the caller works on batch n, batch n + 1 is decoded and the bytes of n + 2 are read.
+    While the caller works on batch n, batch n + 1 is decoded and the bytes of n + 2 are read. Where
+    `isolated` is true, a process of its own decodes: see :mod:`imgcurate.isolation`.
 
     Yields
     ------
@@ -146,11 +149,15 @@ def read_pixels(
         wanted = np.setdiff1d(wanted, too_large)
     size = reader.dali_batch_size
     threads = reader.num_threads or num_threads
-    with borrow_decoder(
-        views, backend, batch_size=size, num_threads=threads,
-        max_pixels=reader.max_pixels, max_aspect_ratio=reader.max_aspect_ratio,
-        min_size=reader.min_size,
-    ) as decoder:  # fmt: skip
+    options: dict[str, Any] = {
+        "batch_size": size,
+        "num_threads": threads,
+        "max_pixels": reader.max_pixels,
+        "max_aspect_ratio": reader.max_aspect_ratio,
+        "min_size": reader.min_size,
+    }
+    borrow = IsolatedDecoder if isolated else borrow_decoder
+    with borrow(views, backend, **options) as decoder:
         chunks = prefetch(_read_chunks(table, wanted, size, storage_options), depth=1)
         yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
 
