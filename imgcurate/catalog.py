@@ -39,10 +39,12 @@ from imgcurate.storage import (
     make_folder,
     open_source,
     read_bytes,
+    remove,
     remove_tree,
 )
 
 __all__ = [
+    "Attempts",
     "Catalog",
     "Manifest",
     "fingerprint",
@@ -223,6 +225,39 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Attempts:
+    """Markers of the partitions that are being decoded: what a worker that died leaves behind.
+
+    Attributes
+    ----------
+    folder : str
+        URL of the folder of markers, empty files named like the parts.
+    storage_options : mapping, optional
+        Passed to fsspec.
+
+    Notes
+    -----
+    A marker says that some process began to decode the partition and did not end it: its worker
+    died or was killed, or the whole run was. Then an image of it may be at fault.
+    """
+
+    folder: str
+    storage_options: StorageOptions | None = None
+
+    def begin(self, number: int) -> bool:
+        """Mark a partition, and tell if a former attempt has marked it and not ended."""
+        url = join_url(self.folder, part_name(number))
+        if exists(url, self.storage_options):
+            return True
+        with atomic_write(url, self.storage_options):
+            return False
+
+    def end(self, number: int) -> None:
+        """Take the mark off: the part is written, or an error was raised, which no image's decoder did."""
+        remove(join_url(self.folder, part_name(number)), self.storage_options)
+
+
+@dataclass(frozen=True)
 class Catalog:
     """The Parquet parts of a run and their deltas; small and picklable, so tasks carry it.
 
@@ -253,6 +288,11 @@ class Catalog:
         """URL of the folder that is removed when the run is done."""
         return join_url(self.folder, "checkpoint")
 
+    @property
+    def attempts(self) -> Attempts:
+        """The markers of parts that are being made."""
+        return Attempts(join_url(self.checkpoint_folder, "attempts"), self.storage_options)
+
     def part_url(self, number: int) -> str:
         """Return the URL of a part."""
         return join_url(self.parts_folder, part_name(number))
@@ -267,7 +307,7 @@ class Catalog:
 
     def make_folders(self) -> None:
         """Make the folders that parts and deltas are written to."""
-        for folder in (self.parts_folder, *map(self.phase_folder, self.phases)):
+        for folder in (self.parts_folder, self.attempts.folder, *map(self.phase_folder, self.phases)):
             make_folder(folder, self.storage_options)
 
     def missing_parts(self) -> list[int]:

@@ -36,7 +36,7 @@ from imgcurate.errors import ImgcurateError
 from imgcurate.pillow import UndecodableError, decode_with_pillow
 from imgcurate.probe import probe
 
-__all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder"]
+__all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder", "view_operators"]
 
 MAX_PIXELS: Final = 178_956_970
 """Default limit of width x height, that of Pillow: 512 MiB of RGB."""
@@ -150,7 +150,7 @@ class Decoder:
                 pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
                 images, sizes = self._run(self._pixel_graph(), [pixels])
             except (UndecodableError, RuntimeError) as exc:
-                reasons[i], statuses[i] = _reason(exc), schema.STATUS_DECODE_ERROR
+                reasons[i], statuses[i] = _reason(exc), _status(exc)
                 continue
             parts.append(([i], images, sizes))
         return self._assemble(parts, reasons, widths, heights, statuses)
@@ -230,7 +230,7 @@ class Decoder:
         return self._from_pixels
 
     def _build(self, *, decode: bool) -> Any:
-        from nvidia.dali import Pipeline, fn, math, types
+        from nvidia.dali import Pipeline, fn, types
 
         # With a queue depth of one and run(source=...), a batch's outputs are those of its inputs.
         graph = Pipeline(
@@ -246,14 +246,15 @@ class Decoder:
                 image = fn.decoders.image(source, device=self.backend.dali_device, output_type=types.RGB)
             else:
                 image = source.gpu() if self.backend.is_gpu else source
-            graph.set_outputs(
-                *(_resized(fn, math, types, image, view) for view in self.views), image.shape(device="cpu")
-            )
+            graph.set_outputs(*(view_operators(image, view) for view in self.views), image.shape(device="cpu"))
         graph.build()
         return graph
 
 
-def _resized(fn: Any, math: Any, types: Any, image: Any, view: PixelView) -> Any:
+def view_operators(image: Any, view: PixelView) -> Any:
+    """Add the operators that make a view of decoded images to the DALI graph that is being defined."""
+    from nvidia.dali import fn, math, types
+
     interpolation = {
         "bicubic": types.INTERP_CUBIC,
         "bilinear": types.INTERP_TRIANGULAR,
@@ -299,6 +300,10 @@ def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64]) -> Iterator[lis
 
 def _reason(exc: Exception) -> str:
     return str(exc) if isinstance(exc, UndecodableError) else "the image decodes and cannot be resized"
+
+
+def _status(exc: Exception) -> str:
+    return schema.STATUS_DECODER_CRASH if isinstance(exc.__cause__, MemoryError) else schema.STATUS_DECODE_ERROR
 
 
 def _int32(value: int) -> int:
