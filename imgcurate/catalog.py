@@ -42,6 +42,7 @@ from imgcurate.storage import (
     remove,
     remove_tree,
 )
+from imgcurate.streams import SourceFile
 
 __all__ = [
     "Attempts",
@@ -96,7 +97,7 @@ def read_parquet(
     """
     source = open_source(url, storage_options)
     try:
-        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+        with SourceFile(source) as file:
             return pq.read_table(file, columns=None if columns is None else list(columns))
     except (pa.ArrowException, OSError, ValueError, KeyError) as exc:
         raise CatalogError(f"cannot read {url}: {exc}") from exc
@@ -121,7 +122,7 @@ def read_batch(url: str, number: int, storage_options: StorageOptions | None = N
     """
     source = open_source(url, storage_options)
     try:
-        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+        with SourceFile(source) as file:
             return pa.ipc.open_file(file).get_batch(number)
     except (pa.ArrowException, OSError, ValueError) as exc:
         raise CatalogError(f"cannot read {url}: {exc}") from exc
@@ -131,38 +132,6 @@ def read_batch(url: str, number: int, storage_options: StorageOptions | None = N
 
 def _is_float_list(type_: pa.DataType) -> bool:
     return bool(pa.types.is_list(type_) and pa.types.is_floating(type_.value_type))
-
-
-class _SourceFile:
-    """The few methods of a file that Arrow calls, over a :class:`Source`."""
-
-    def __init__(self, source: Any) -> None:
-        self._source, self._position, self.closed = source, 0, False
-
-    def read(self, n: int = -1) -> bytes:
-        data: bytes = self._source.pread(self._position, self._source.size - self._position if n < 0 else n)
-        self._position += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._position, self._source.size)[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        self.closed = True
 
 
 @dataclass
@@ -396,7 +365,7 @@ def _read_frame(number: int, catalog: Catalog, names: Sequence[str], device: str
 def _parquet_columns(url: str, storage_options: StorageOptions | None) -> list[str]:
     source = open_source(url, storage_options)
     try:
-        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+        with SourceFile(source) as file:
             names: list[str] = pq.read_schema(file).names
             return names
     except (pa.ArrowException, OSError) as exc:
