@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ImageAestheticFilterStage,
         ImageEmbeddingStage,
         ImageNSFWFilterStage,
+        ImageQualityFilterStage,
         ImageReaderStage,
         ImageWriterStage,
         ProcessingStage,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         embed,
         score_aesthetic,
         score_nsfw,
+        score_quality,
         semantic_dedup,
         write_webdataset,
     )
@@ -54,6 +56,7 @@ _HOMES = {
     "ImageAestheticFilterStage": "stages",
     "ImageEmbeddingStage": "stages",
     "ImageNSFWFilterStage": "stages",
+    "ImageQualityFilterStage": "stages",
     "ImageReaderStage": "stages",
     "ImageWriterStage": "stages",
     "ProcessingStage": "stages",
@@ -63,6 +66,7 @@ _HOMES = {
     "embed": "stages",
     "score_aesthetic": "stages",
     "score_nsfw": "stages",
+    "score_quality": "stages",
     "semantic_dedup": "stages",
     "write_webdataset": "stages",
 }
@@ -74,6 +78,7 @@ __all__ = [
     "ImageBatch",
     "ImageEmbeddingStage",
     "ImageNSFWFilterStage",
+    "ImageQualityFilterStage",
     "ImageReaderStage",
     "ImageWriterStage",
     "ImgcurateError",
@@ -89,6 +94,7 @@ __all__ = [
     "read_webdataset",
     "score_aesthetic",
     "score_nsfw",
+    "score_quality",
     "semantic_dedup",
     "write_webdataset",
 ]

@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -29,13 +28,14 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, nearest
 from imgcurate.pipeline import Pipeline
 from imgcurate.stages import (
     FilePartitioningStage,
     ImageAestheticFilterStage,
     ImageEmbeddingStage,
     ImageNSFWFilterStage,
+    ImageQualityFilterStage,
     ImageReaderStage,
     ImageWriterStage,
     SemanticDedupStage,
@@ -48,6 +48,7 @@ STAGES: Final[Mapping[str, type[Stage]]] = {
     stage.__name__: stage
     for stage in (
         ImageReaderStage,
+        ImageQualityFilterStage,
         ImageEmbeddingStage,
         ImageAestheticFilterStage,
         ImageNSFWFilterStage,
@@ -190,9 +191,3 @@ def _find_stage(number: int, name: str) -> type[Stage]:
     if not (isinstance(kind, type) and issubclass(kind, Stage)):
         raise ConfigError(f"stages[{number}]: {name} is not a subclass of ProcessingStage or DatasetStage")
     return kind
-
-
-def nearest(name: str, known: Any) -> str:
-    """Return "; did you mean ...?" for the known names that are near, else the list of them."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -15,8 +15,8 @@ PACKAGE = Path(imgcurate.__file__).parent
 
 # Each module may import those above it, not those below.
 ORDER = (
-    "errors schema backend storage tar_blocks tar shards frame probe batches decode models catalog dedup execution "
-    "export stages plan cluster results runner pipeline config inspection demo cli"
+    "errors schema backend storage tar_blocks tar shards frame probe facts batches decode quality models catalog dedup "
+    "execution export stages plan cluster results runner pipeline config inspection demo cli"
 ).split()
 GPU_LIBRARIES = {"cudf", "cupy", "cuml", "dask_cudf", "dask_cuda", "rmm", "pylibcudf"}
 

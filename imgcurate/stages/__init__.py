@@ -5,6 +5,7 @@ from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, Wo
 from imgcurate.stages.deduplication import SemanticDedupStage, semantic_dedup
 from imgcurate.stages.embedding import ImageEmbeddingStage, embed
 from imgcurate.stages.nsfw import ImageNSFWFilterStage, score_nsfw
+from imgcurate.stages.quality import ImageQualityFilterStage, score_quality
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage, write_webdataset
 
@@ -14,6 +15,7 @@ __all__ = [
     "ImageAestheticFilterStage",
     "ImageEmbeddingStage",
     "ImageNSFWFilterStage",
+    "ImageQualityFilterStage",
     "ImageReaderStage",
     "ImageWriterStage",
     "ProcessingStage",
@@ -24,6 +26,7 @@ __all__ = [
     "embed",
     "score_aesthetic",
     "score_nsfw",
+    "score_quality",
     "semantic_dedup",
     "write_webdataset",
 ]

@@ -123,6 +123,7 @@ def read_pixels(
     *,
     num_threads: int,
     storage_options: Mapping[str, Any] | None = None,
+    facts: Sequence[str] = (),
 ) -> Iterator[tuple[npt.NDArray[np.int64], Decoded]]:
     """Read and decode the images of a partition, ahead of the caller.
 
@@ -145,7 +146,7 @@ def read_pixels(
     threads = reader.num_threads or num_threads
     with borrow_decoder(
         views, backend, batch_size=size, num_threads=threads,
-        max_pixels=reader.max_pixels, max_aspect_ratio=reader.max_aspect_ratio,
+        max_pixels=reader.max_pixels, max_aspect_ratio=reader.max_aspect_ratio, facts=facts,
     ) as decoder:  # fmt: skip
         chunks = prefetch(_read_chunks(table, wanted, size, storage_options), depth=1)
         yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
