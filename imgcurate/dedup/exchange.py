@@ -28,7 +28,7 @@ from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
 from imgcurate.errors import ConfigError
 from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
 
-__all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner"]
+__all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner", "numeric_column", "sample_names"]
 
 _MIN_BUCKET_BYTES: Final = 128 * 1024**2
 _MAX_BUCKET_BYTES: Final = 1024**3
@@ -227,8 +227,8 @@ class Exchange:
         x, valid = unit_rows(_matrix(table, centroids.shape[1]))
         table, x, uid = table.filter(pa.array(valid)), x[valid], uid[valid]
         # What stays in any case needs no preference.
-        values = {c: np.zeros(len(uid)) if is_reference else _numbers(table, c) for c in columns}
-        names = _names(table)
+        values = {c: np.zeros(len(uid)) if is_reference else numeric_column(table, c) for c in columns}
+        names = sample_names(table)
         rows = make_rows(x, uid, names, values, centroids, self.config, get_backend(self.device))
         self.scratch.write(name, self.by_bucket(rows))
         return {}
@@ -248,7 +248,7 @@ class Exchange:
         return starts
 
 
-def _names(table: pa.Table) -> npt.NDArray[Any]:
+def sample_names(table: pa.Table) -> npt.NDArray[Any]:
     """Return how samples are named in words: ``<shard stem>/<key>``."""
     shards, keys = table[schema.SHARD].to_pylist(), table[schema.KEY].to_pylist()
     stems = {s: s.rsplit("/", 1)[-1].split(".", 1)[0] for s in set(shards)}
@@ -264,7 +264,14 @@ def _matrix(table: pa.Table, dim: int = 1) -> npt.NDArray[np.float32]:
     return matrix
 
 
-def _numbers(table: pa.Table, column: str) -> npt.NDArray[np.float64]:
+def numeric_column(table: pa.Table, column: str) -> npt.NDArray[np.float64]:
+    """Return a column of ``keep_by`` as float64, NaN where it is null.
+
+    Raises
+    ------
+    ConfigError
+        If it does not hold numbers.
+    """
     try:
         values: npt.NDArray[np.float64] = table[column].cast(pa.float64()).to_numpy()
     except pa.ArrowException as exc:
