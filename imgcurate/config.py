@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.pipeline import Pipeline
 from imgcurate.stages import (
+    ExactDedupStage,
     FilePartitioningStage,
     ImageAestheticFilterStage,
     ImageEmbeddingStage,
@@ -38,6 +39,7 @@ from imgcurate.stages import (
     ImageQualityFilterStage,
     ImageReaderStage,
     ImageWriterStage,
+    PerceptualDedupStage,
     SemanticDedupStage,
     Stage,
 )
@@ -52,6 +54,8 @@ STAGES: Final[Mapping[str, type[Stage]]] = {
         ImageEmbeddingStage,
         ImageAestheticFilterStage,
         ImageNSFWFilterStage,
+        ExactDedupStage,
+        PerceptualDedupStage,
         SemanticDedupStage,
         ImageWriterStage,
     )

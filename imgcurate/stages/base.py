@@ -205,6 +205,11 @@ class DatasetStage(Stage):
     ``status`` and ``reason`` of dropped rows set.
     """
 
+    @property
+    def revises(self) -> tuple[str, ...]:
+        """Columns of ``adds`` that a stage before may have added: this one carries over what they hold."""
+        return ()
+
     def process_dataset(self, ddf: dd.DataFrame) -> dd.DataFrame:
         """Process the data set."""
         raise NotImplementedError(f"{type(self).__name__} does not override process_dataset()")
