@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,7 +44,7 @@ from imgcurate.stages import (
     Stage,
 )
 
-__all__ = ["STAGES", "RunConfig", "load_config"]
+__all__ = ["STAGES", "RunConfig", "load_config", "storage_options"]
 
 STAGES: Final[Mapping[str, type[Stage]]] = {
     stage.__name__: stage
@@ -60,6 +60,7 @@ STAGES: Final[Mapping[str, type[Stage]]] = {
         ImageWriterStage,
     )
 }
+_TEXT_OPTIONS: Final = frozenset({"key", "secret", "token", "username", "password"})
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -103,6 +104,11 @@ class RunConfig(BaseModel):
     device: str = "auto"
     workers: int | None = Field(default=None, ge=1)
     scheduler: str | None = None
+
+    @property
+    def imports_stages(self) -> bool:
+        """Whether a stage is named by its import path: then the file decides what code runs."""
+        return any("." in name for entry in self.stages for name in ([entry] if isinstance(entry, str) else entry))
 
     def pipeline(self) -> Pipeline:
         """Return the pipeline that the configuration describes.
@@ -153,6 +159,52 @@ def load_config(path: str | Path) -> RunConfig:
         where = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("list[", "dict[", "str")))
         hint = nearest(str(error["loc"][0]), RunConfig.model_fields) if error["type"] == "extra_forbidden" else ""
         raise ConfigError(f"{path}: {where}: {error['msg']}{hint}") from exc
+
+
+def storage_options(pairs: Sequence[str]) -> dict[str, Any] | None:
+    """Return fsspec options from the command line.
+
+    Parameters
+    ----------
+    pairs : sequence of str
+        ``key=value`` each. Values are YAML scalars, but for keys, secrets, tokens, names and passwords, which
+        are text; dots nest.
+
+    Raises
+    ------
+    ConfigError
+        If one cannot be understood; the message does not tell its value, which may be a secret.
+
+    Examples
+    --------
+    >>> storage_options(["anon=true", "client_kwargs.endpoint_url=http://127.0.0.1:5000"])
+    {'anon': True, 'client_kwargs': {'endpoint_url': 'http://127.0.0.1:5000'}}
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        *parents, name = key.split(".")
+        if not equals or not all([*parents, name]):
+            raise ConfigError(f"--storage-option {key}{equals and '=...'} should be KEY=VALUE, such as anon=true")
+        place = options
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                break
+        if not isinstance(place, dict) or name in place:
+            raise ConfigError(f"--storage-option {key}=... is given twice, or one of them is within the other")
+        place[name] = text if name in _TEXT_OPTIONS else _scalar(key, text)
+    return options or None
+
+
+def _scalar(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        value = []
+    if isinstance(value, (dict, list, set)):
+        raise ConfigError(f"--storage-option {key}=... should be text, a number, true, false or null")
+    return value
 
 
 def _make_stage(number: int, entry: str | Mapping[str, Mapping[str, Any] | None]) -> Stage:

@@ -1,8 +1,7 @@
 """Files by URL: expand patterns, read byte ranges, write atomically. Everything goes through fsspec.
 
 A plain path or ``file://`` URL takes a short way through the operating system; every other protocol
-is an fsspec filesystem whose ranged reads are retried and whose short reads are never taken for the
-end of a file.
+is an fsspec filesystem, read as :mod:`imgcurate.remote` says.
 """
 
 from __future__ import annotations
@@ -11,19 +10,21 @@ import contextlib
 import fcntl
 import logging
 import os
-import random
 import shutil
 import stat
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Final, Protocol, TypeVar
+from typing import IO, Final, Protocol
 
-import fsspec
 from braceexpand import braceexpand
 
-from imgcurate.errors import ConfigError, ImgcurateError, InputError
+from imgcurate.errors import ConfigError, InputError
+from imgcurate.filesystems import StorageError, StorageOptions, filesystem, protocol_of, retry, shown_url
+from imgcurate.objects import open_remote
+from imgcurate.remote import GAP_BYTES, RemoteSource
+from imgcurate.remote import read_ahead as read_remote_ahead
+from imgcurate.spool import temporary_file
 
 __all__ = [
     "Source",
@@ -35,13 +36,16 @@ __all__ = [
     "expand_urls",
     "file_size",
     "free_bytes",
+    "is_folder",
     "is_local",
     "join_url",
     "list_files",
+    "list_tree",
     "local_path",
     "make_folder",
     "modified",
     "open_source",
+    "read_ahead",
     "read_bytes",
     "read_ranges",
     "remove",
@@ -49,20 +53,12 @@ __all__ = [
     "remove_tree",
 ]
 
-StorageOptions = Mapping[str, Any]
-_T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS: Final = 6
-_FIRST_DELAY_S: Final = 0.2
 _MAX_BRACE_URLS: Final = 10_000_000
-_MAX_GAP_BYTES: Final = 256 * 1024
 _MAX_BLOCK_BYTES: Final = 16 * 1024 * 1024
-_PERMANENT: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-
-class StorageError(ImgcurateError):
-    """A file that could not be read or written, after all retries."""
+# There a folder is but the beginning of names; fsspec would make a bucket, which nobody asked for.
+_STORES_WITHOUT_FOLDERS: Final = frozenset({"s3", "s3a", "gs", "gcs"})
 
 
 class Source(Protocol):
@@ -124,47 +120,26 @@ class LocalSource:
             self._fd = -1
 
 
-class RemoteSource:
-    """A file of an fsspec filesystem, read by ranges with bounded retries."""
-
-    def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
-        self.url = url
-        self._fs, self._path = _filesystem(url, storage_options)
-        info = _retry(lambda: self._fs.info(self._path), f"cannot read {url}")
-        if info.get("size") is None:
-            raise StorageError(f"cannot read {url}: the server does not tell its size")
-        self.size = int(info["size"])
-
-    def pread(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset`, fewer only where the file ends."""
-        end = min(offset + length, self.size)
-        if end <= offset:
-            return b""
-
-        def read() -> bytes:
-            data: bytes = self._fs.cat_file(self._path, start=offset, end=end)
-            if len(data) == self.size > end - offset:
-                # A server that does not know ranges sends the whole file.
-                return data[offset:end]
-            if len(data) != end - offset:
-                raise OSError(f"short read: {len(data)} of {end - offset} bytes")
-            return data
-
-        return _retry(read, f"cannot read {self.url} at byte {offset}")
-
-    def close(self) -> None:
-        """Do nothing: the connection belongs to the filesystem."""
-
-
-def open_source(url: str, storage_options: StorageOptions | None = None) -> Source:
+def open_source(url: str, storage_options: StorageOptions | None = None, *, gap_bytes: int = GAP_BYTES) -> Source:
     """Open a file for ranged reads.
+
+    Parameters
+    ----------
+    gap_bytes : int
+        Of a remote file, what lies between two reads and is no longer is fetched with them.
 
     Raises
     ------
     StorageError
         If it cannot be opened.
     """
-    return LocalSource(url) if is_local(url) else RemoteSource(url, storage_options)
+    return LocalSource(url) if is_local(url) else RemoteSource(url, storage_options, gap_bytes=gap_bytes)
+
+
+def read_ahead(url: str, storage_options: StorageOptions | None = None) -> None:
+    """Begin to fetch a file that will be opened soon, if it is a remote one; returns at once, and never fails."""
+    if not is_local(url):
+        read_remote_ahead(url, storage_options)
 
 
 def expand_urls(
@@ -189,7 +164,7 @@ def expand_urls(
         patterns = [patterns]
     urls: set[str] = set()
     for pattern in map(_expanduser, patterns):
-        if is_local(pattern) and Path(local_path(pattern)).exists():
+        if is_local(pattern) and os.path.exists(local_path(pattern)):  # noqa: PTH110 - Path.exists raises for long names
             urls.add(str(Path(local_path(pattern)).absolute()))
             continue
         try:
@@ -202,6 +177,11 @@ def expand_urls(
             urls.update(_glob(candidate, storage_options))
     if not urls:
         raise InputError("no input was given: expected tar shards, as paths, URLs or patterns")
+    for url in urls:
+        try:
+            url.encode()
+        except UnicodeEncodeError as exc:
+            raise InputError(f"the name of {url!r} is not UTF-8, as the record of a run is: rename it") from exc
     return sorted(urls)
 
 
@@ -215,8 +195,9 @@ def _glob(pattern: str, storage_options: StorageOptions | None) -> list[str]:
     has_glob = any(c in path_part for c in "*[") or ("?" in path_part and not pattern.startswith("http"))
     if not has_glob:
         return [str(Path(local_path(pattern)).absolute())] if is_local(pattern) else [pattern]
-    fs, path = _filesystem(pattern, storage_options)
-    found = _retry(lambda: fs.glob(path), f"cannot list {pattern}")
+    fs, path = filesystem(pattern, storage_options)
+    fs.invalidate_cache()
+    found = retry(lambda: fs.glob(path), f"cannot list {pattern}")
     if not found:
         raise InputError(f"nothing matches {pattern!r}")
     return [str(f) if is_local(pattern) else fs.unstrip_protocol(f) for f in found]
@@ -241,8 +222,9 @@ def exists(url: str, storage_options: StorageOptions | None = None) -> bool:
     """Return whether a file or folder exists."""
     if is_local(url):
         return Path(local_path(url)).exists()
-    fs, path = _filesystem(url, storage_options)
-    return bool(_retry(lambda: fs.exists(path), f"cannot look up {url}"))
+    fs, path = filesystem(url, storage_options)
+    fs.invalidate_cache()
+    return bool(retry(lambda: fs.exists(path), f"cannot look up {url}"))
 
 
 def file_size(url: str, storage_options: StorageOptions | None = None) -> int:
@@ -262,17 +244,20 @@ def file_size(url: str, storage_options: StorageOptions | None = None) -> int:
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{url} is no regular file: expected a tar shard")
             return status.st_size
-        source = RemoteSource(url, storage_options)
+        file = open_remote(url, storage_options)
+        # Some servers tell the length of a file with its bytes alone.
+        return file.size if file.size >= 0 else RemoteSource(url, storage_options).size
     except FileNotFoundError as exc:
         raise InputError(f"no such input: {url}") from exc
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, InputError):
+            raise
+        # No permission, a loop of links, a name that is too long or holds a zero byte.
+        raise InputError(f"cannot read {url}: {getattr(exc, 'strerror', None) or exc}") from exc
     except StorageError as exc:
-        cause = exc.__cause__
-        if isinstance(cause, FileNotFoundError):
-            # fsspec says the same of a server that cannot be reached, and keeps why.
-            why = f": {cause.__cause__}" if isinstance(cause.__cause__, OSError) else ""
-            raise InputError(f"no such input: {url}{why}") from exc
+        if isinstance(exc.__cause__, FileNotFoundError):
+            raise InputError(f"no such input: {shown_url(url)}") from exc
         raise
-    return source.size
 
 
 def list_files(folder: str, suffix: str, storage_options: StorageOptions | None = None) -> list[str]:
@@ -280,27 +265,53 @@ def list_files(folder: str, suffix: str, storage_options: StorageOptions | None 
     if is_local(folder):
         path = Path(local_path(folder))
         return sorted(p.name for p in path.iterdir() if p.name.endswith(suffix)) if path.is_dir() else []
-    fs, path_ = _filesystem(folder, storage_options)
+    fs, path_ = filesystem(folder, storage_options)
     try:
         fs.invalidate_cache()
-        found = _retry(lambda: fs.ls(path_, detail=False), f"cannot list {folder}")
+        found = retry(lambda: fs.ls(path_, detail=False), f"cannot list {folder}")
     except StorageError as exc:
         if isinstance(exc.__cause__, FileNotFoundError):
             return []
         raise
-    return sorted(name for f in found if (name := str(f).rsplit("/", 1)[-1]).endswith(suffix))
+    # Some programs mark a folder with an object whose name ends with a slash.
+    names = (str(f).rsplit("/", 1)[-1] for f in found)
+    return sorted(name for name in names if name and name.endswith(suffix))
+
+
+def is_folder(url: str, storage_options: StorageOptions | None = None) -> bool:
+    """Return whether `url` is a folder; a web server has none."""
+    if is_local(url):
+        # os.path says no of names that no file can have, where pathlib raises.
+        return os.path.isdir(local_path(url))  # noqa: PTH112
+    if url.startswith("http"):
+        return False
+    fs, path = filesystem(url, storage_options)
+    return bool(retry(lambda: fs.isdir(path), f"cannot look up {url}"))
+
+
+def list_tree(folder: str, storage_options: StorageOptions | None = None) -> dict[str, int]:
+    """Return the files below a remote folder, by their path in it, with their sizes; without hidden folders."""
+    fs, path = filesystem(folder, storage_options)
+    fs.invalidate_cache()
+    found = retry(lambda: fs.find(path, detail=True), f"cannot list {folder}")
+    prefix = path.rstrip("/") + "/"
+    sizes = {str(name).removeprefix(prefix): int(info.get("size") or 0) for name, info in sorted(found.items())}
+    return {name: size for name, size in sizes.items() if "/." not in f"/{name.rpartition('/')[0]}"}
 
 
 def make_folder(url: str, storage_options: StorageOptions | None = None) -> None:
     """Make a folder and its parents; does nothing where they exist or the store has no folders."""
-    try:
-        if is_local(url):
+    if is_local(url):
+        try:
             Path(local_path(url)).mkdir(parents=True, exist_ok=True)
-            return
-        fs, path = _filesystem(url, storage_options)
-        fs.makedirs(path, exist_ok=True)
-    except OSError as exc:
-        raise StorageError(f"cannot make the folder {url}: {exc.strerror or exc}") from exc
+        except OSError as exc:
+            raise StorageError(f"cannot make the folder {url}: {exc.strerror or exc}") from exc
+        return
+    if protocol_of(url) in ("http", "https"):
+        raise ConfigError(f"{shown_url(url)}: HTTP servers are read from, not written to: name another output folder")
+    fs, path = filesystem(url, storage_options)
+    if protocol_of(url) not in _STORES_WITHOUT_FOLDERS:
+        retry(lambda: fs.makedirs(path, exist_ok=True), f"cannot make the folder {url}")
 
 
 def read_bytes(url: str, storage_options: StorageOptions | None = None) -> bytes:
@@ -321,7 +332,7 @@ def read_ranges(source: Source, ranges: Sequence[tuple[int, int]]) -> list[bytes
         last = first + 1
         while last < len(ranges):
             offset, length = ranges[last]
-            if not end <= offset <= end + _MAX_GAP_BYTES or offset + length - begin > _MAX_BLOCK_BYTES:
+            if not end <= offset <= end + GAP_BYTES or offset + length - begin > _MAX_BLOCK_BYTES:
                 break
             end = offset + length
             last += 1
@@ -340,9 +351,8 @@ def remove(url: str, storage_options: StorageOptions | None = None) -> None:
     if is_local(url):
         Path(local_path(url)).unlink(missing_ok=True)
         return
-    fs, path = _filesystem(url, storage_options)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(path)
+    fs, path = filesystem(url, storage_options)
+    _remove(lambda: fs.rm_file(path), url)
 
 
 def remove_tree(url: str, storage_options: StorageOptions | None = None) -> None:
@@ -350,9 +360,17 @@ def remove_tree(url: str, storage_options: StorageOptions | None = None) -> None
     if is_local(url):
         shutil.rmtree(local_path(url), ignore_errors=True)
         return
-    fs, path = _filesystem(url, storage_options)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+    fs, path = filesystem(url, storage_options)
+    fs.invalidate_cache()
+    _remove(lambda: fs.rm(path, recursive=True), url)
+
+
+def _remove(call: Callable[[], None], url: str) -> None:
+    try:
+        retry(call, f"cannot remove {url}")
+    except StorageError as exc:
+        if not isinstance(exc.__cause__, FileNotFoundError):
+            raise
 
 
 @contextlib.contextmanager
@@ -360,8 +378,9 @@ def atomic_write(url: str, storage_options: StorageOptions | None = None) -> Ite
     """Open a file for writing that appears under its name whole or not at all.
 
     On local disks the bytes go to a temporary name in the same folder, are flushed to the disk and
-    renamed; object stores show an object only when its upload is complete. After an error nothing
-    is left behind.
+    renamed. For other stores they go to an anonymous file on the local disk, which is uploaded when it is
+    complete, and again if that fails: an object appears when its upload is complete. After an error
+    nothing is left behind.
 
     Raises
     ------
@@ -369,15 +388,16 @@ def atomic_write(url: str, storage_options: StorageOptions | None = None) -> Ite
         If the file cannot be written (no space, no permission).
     """
     if not is_local(url):
-        fs, path = _filesystem(url, storage_options)
-        file = fs.open(path, "wb")
-        try:
-            yield file
-        except BaseException:
-            with contextlib.suppress(Exception):
-                file.discard()
-            raise
-        _retry(file.close, f"cannot write {url}", attempts=1)
+        fs, path = filesystem(url, storage_options)
+        with temporary_file() as file:
+            try:
+                yield file
+                file.flush()
+            except OSError as exc:
+                raise StorageError(f"cannot write {shown_url(url)}: {exc.strerror or exc}") from exc
+            # A file without a name can be opened anew, for each try, under this one.
+            name = f"/proc/self/fd/{file.fileno()}"
+            retry(lambda: fs.put_file(name, path), f"cannot write {url}")
         return
     target = Path(local_path(url))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -430,9 +450,7 @@ def modified(url: str, storage_options: StorageOptions | None = None) -> str:
     """Return what tells one state of a file from another: its time of change, or its ETag; '' if unknown."""
     if is_local(url):
         return str(Path(local_path(url)).stat().st_mtime_ns)
-    fs, path = _filesystem(url, storage_options)
-    info = _retry(lambda: fs.info(path), f"cannot read {url}")
-    return str(info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or "")
+    return open_remote(url, storage_options).modified
 
 
 def free_bytes(url: str) -> int | None:
@@ -444,30 +462,3 @@ def free_bytes(url: str) -> int | None:
         path = path.parent
     stats = os.statvfs(path)
     return stats.f_bavail * stats.f_frsize
-
-
-def _filesystem(url: str, storage_options: StorageOptions | None) -> tuple[Any, str]:
-    try:
-        return fsspec.core.url_to_fs(url, **(storage_options or {}))  # type: ignore[no-any-return]
-    except ImportError as exc:
-        protocol = url.split("://", 1)[0]
-        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(protocol, "aiohttp requests")
-        raise ConfigError(f"{url}: {exc}. pip install {package}") from exc
-    except ValueError as exc:
-        raise ConfigError(f"{url}: {exc}") from exc
-
-
-def _retry(call: Callable[[], _T], what: str, attempts: int = _ATTEMPTS) -> _T:
-    delay_s = _FIRST_DELAY_S
-    for attempt in range(1, attempts + 1):
-        try:
-            return call()
-        except _PERMANENT as exc:
-            raise StorageError(f"{what}: {exc}") from exc
-        except Exception as exc:
-            if attempt == attempts:
-                raise StorageError(f"{what}: {exc} ({attempts} attempts)") from exc
-            logger.info("%s: %s; retrying in %.1f s", what, exc, delay_s)
-            time.sleep(delay_s * (0.5 + random.random()))  # noqa: S311 - jitter
-            delay_s = min(delay_s * 2, 10.0)
-    raise AssertionError("unreachable")

@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from imgcurate import storage
+from imgcurate import filesystems, storage
 from imgcurate.errors import InputError
 
 
@@ -98,8 +98,8 @@ def test_remote_short_reads_and_errors_are_retried(monkeypatch: pytest.MonkeyPat
         return data[: len(data) // 2] if fault == "short" else data
 
     source = storage.open_source(url)
-    monkeypatch.setattr(source._fs, "cat_file", flaky)
-    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    monkeypatch.setattr(source._file._fs, "cat_file", flaky)
+    monkeypatch.setattr(filesystems.time, "sleep", lambda _: None)
     assert source.pread(5, 20) == b"56789012345678901234"
     assert next(faults, None) is None
 
@@ -113,7 +113,7 @@ def test_remote_read_gives_up_with_the_reason(monkeypatch: pytest.MonkeyPatch) -
     def dead(*args: object, **kwargs: object) -> bytes:
         raise OSError("503 slow down")
 
-    monkeypatch.setattr(source._fs, "cat_file", dead)
-    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
-    with pytest.raises(storage.StorageError, match="cannot read .*dead.bin at byte 0: 503 slow down .6 attempts"):
+    monkeypatch.setattr(source._file._fs, "cat_file", dead)
+    monkeypatch.setattr(filesystems.time, "sleep", lambda _: None)
+    with pytest.raises(storage.StorageError, match="cannot read .*dead.bin at byte 0: 503 slow down .8 attempts"):
         source.pread(0, 5)

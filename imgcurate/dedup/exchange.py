@@ -23,12 +23,13 @@ from imgcurate.backend import array_from_list_column, get_backend
 from imgcurate.catalog import Catalog, read_batch, write_batches
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.kmeans import fit_centroids
+from imgcurate.dedup.names import sample_names, shard_names
 from imgcurate.dedup.passes import REFERENCE_BIT, Rows
 from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
 from imgcurate.errors import ConfigError
 from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
 
-__all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner", "numeric_column", "sample_names"]
+__all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner", "numeric_column"]
 
 _MIN_BUCKET_BYTES: Final = 128 * 1024**2
 _MAX_BUCKET_BYTES: Final = 1024**3
@@ -90,7 +91,8 @@ class Exchange:
     """The rows of a catalog, and of reference sets, by bucket; picklable, so that tasks carry it.
 
     Files in the scratch folder: ``sample/<part>`` (rows for k-means), ``centroids``, ``rows.json``,
-    ``plan.json`` and ``exchange/<part>`` (unit rows with cluster and preference, a batch per bucket).
+    ``names.json`` (of shards that share a stem), ``plan.json`` and ``exchange/<part>`` (unit rows with
+    cluster and preference, a batch per bucket).
     Parts of the reference sets are numbered on after those of the catalog.
 
     Attributes
@@ -129,6 +131,7 @@ class Exchange:
         n_rows = sum(c["rows"] for c in counts.values())
         own = sum(counts[n]["rows"] for n in range(self.catalog.n_parts))
         self.scratch.write_json("rows", {"rows": n_rows, "own": own})
+        self.scratch.write_json("names", shard_names({s for c in counts.values() for s in c["shards"]}))
         if not n_rows:
             self.scratch.write_json("plan", {"starts": []})
             return
@@ -174,8 +177,9 @@ class Exchange:
 
     def _count(self, part: int) -> dict[str, Any]:
         catalog, number, _ = self._source(part)
-        status = catalog.read(number, [schema.STATUS])[schema.STATUS]
-        return {"rows": pc.sum(pc.equal(status, schema.STATUS_OK)).as_py() or 0}
+        table = catalog.read(number, [schema.STATUS, schema.SHARD])
+        rows = pc.sum(pc.equal(table[schema.STATUS], schema.STATUS_OK)).as_py() or 0
+        return {"rows": rows, "shards": pc.unique(table[schema.SHARD]).to_pylist()}
 
     def _sample(self, part: int) -> dict[str, Any]:
         name = f"sample/{part:05d}"
@@ -228,7 +232,7 @@ class Exchange:
         table, x, uid = table.filter(pa.array(valid)), x[valid], uid[valid]
         # What stays in any case needs no preference.
         values = {c: np.zeros(len(uid)) if is_reference else numeric_column(table, c) for c in columns}
-        names = sample_names(table)
+        names = sample_names(table, self.scratch.read_json("names"))
         rows = make_rows(x, uid, names, values, centroids, self.config, get_backend(self.device))
         self.scratch.write(name, self.by_bucket(rows))
         return {}
@@ -246,15 +250,6 @@ class Exchange:
     def _starts(self) -> list[int]:
         starts: list[int] = self.scratch.read_json("plan")["starts"]
         return starts
-
-
-def sample_names(table: pa.Table) -> npt.NDArray[Any]:
-    """Return how samples are named in words: ``<shard stem>/<key>``."""
-    shards, keys = table[schema.SHARD].to_pylist(), table[schema.KEY].to_pylist()
-    stems = {s: s.rsplit("/", 1)[-1].split(".", 1)[0] for s in set(shards)}
-    names = np.empty(len(keys), dtype=object)
-    names[:] = [f"{stems[s]}/{k}" for s, k in zip(shards, keys, strict=True)]
-    return names
 
 
 def _matrix(table: pa.Table, dim: int = 1) -> npt.NDArray[np.float32]:

@@ -29,8 +29,9 @@ import pyarrow.compute as pc
 
 from imgcurate import schema
 from imgcurate.catalog import Catalog
-from imgcurate.dedup.exchange import Scratch, TaskRunner, numeric_column, sample_names
+from imgcurate.dedup.exchange import Scratch, TaskRunner, numeric_column
 from imgcurate.dedup.keep import KeepOrder, hash_uids
+from imgcurate.dedup.names import sample_names, shard_names
 from imgcurate.dedup.near_hashes import (
     HASH_BITS,
     Hashes,
@@ -89,7 +90,9 @@ class HashDedup:
         """Decide about all rows; :meth:`outcome` then tells the decisions part by part."""
         files, parts = self._files, range(self.catalog.n_parts)
         files.make("", "rows", "unique", "answers", "bands", "pairs")
-        n_rows = sum(r["rows"] for r in run_tasks("count", self._count, parts).values())
+        counts = run_tasks("count", self._count, parts).values()
+        n_rows = sum(c["rows"] for c in counts)
+        files.write_json("names", shard_names({s for c in counts for s in c["shards"]}))
         n_buckets = max(1, -(-n_rows * _ROW_BYTES // self.bucket_bytes))
         files.write_json("plan", {"buckets": n_buckets})
         run_tasks("hashes", self._send, parts)
@@ -127,8 +130,9 @@ class HashDedup:
         return out, {}
 
     def _count(self, part: int) -> dict[str, Any]:
-        table = self.catalog.read(part, [schema.STATUS, self._column])
-        return {"rows": int(_takes_part(table, self._column).sum())}
+        table = self.catalog.read(part, [schema.STATUS, schema.SHARD, self._column])
+        shards = pc.unique(table[schema.SHARD]).to_pylist()
+        return {"rows": int(_takes_part(table, self._column).sum()), "shards": shards}
 
     def _send(self, part: int) -> dict[str, Any]:
         name = f"rows/{part:05d}"
@@ -137,10 +141,10 @@ class HashDedup:
             table = self.catalog.read(part, list(dict.fromkeys((*named, *self._order.columns))))
             index, words = self._hashes(table)
             table = table.take(pa.array(index))
-            uid = table[schema.UID].to_numpy()
+            uid, names = table[schema.UID].to_numpy(), self._files.read_json("names")
             values = {c: numeric_column(table, c) for c in self._order.columns}
             keys = self._order.keys(uid, np.zeros(len(uid)), values)
-            rows = best_of_each(Hashes(uid, keys, words, sample_names(table)))
+            rows = best_of_each(Hashes(uid, keys, words, sample_names(table, names)))
             bucket = self._bucket(rows.words[:, 0])
             self._files.write(name, [rows.take(bucket == b).to_arrow() for b in range(self._n_buckets)])
         return {}
