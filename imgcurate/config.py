@@ -44,7 +44,7 @@ from imgcurate.stages import (
     Stage,
 )
 
-__all__ = ["STAGES", "RunConfig", "load_config", "storage_options"]
+__all__ = ["STAGES", "RunConfig", "load_config", "quality_ranges", "storage_options"]
 
 STAGES: Final[Mapping[str, type[Stage]]] = {
     stage.__name__: stage
@@ -159,6 +159,41 @@ def load_config(path: str | Path) -> RunConfig:
         where = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("list[", "dict[", "str")))
         hint = nearest(str(error["loc"][0]), RunConfig.model_fields) if error["type"] == "extra_forbidden" else ""
         raise ConfigError(f"{path}: {where}: {error['msg']}{hint}") from exc
+
+
+def quality_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
+    """Return the ranges of :class:`ImageQualityFilterStage` from the command line.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        ``COLUMN=MIN:MAX`` each; what is left out is open.
+
+    Raises
+    ------
+    ConfigError
+        If one cannot be understood, or a column stands twice.
+
+    Examples
+    --------
+    >>> quality_ranges(["sharpness=100:", "aspect_ratio=:3"])
+    {'sharpness': (100.0, None), 'aspect_ratio': (None, 3.0)}
+    """
+    ranges: dict[str, tuple[float | None, float | None]] = {}
+    for text in texts:
+        column, equals, bounds = text.partition("=")
+        if column in ranges:
+            raise ConfigError(f"--quality {column}=... is given twice")
+        try:
+            low, high = (float(bound) if bound.strip() else None for bound in bounds.split(":"))
+        except ValueError as exc:
+            raise ConfigError(
+                f"--quality {text} should be COLUMN=MIN:MAX, such as sharpness=100: or aspect_ratio=:3"
+            ) from exc
+        if not equals or (low is None and high is None):
+            raise ConfigError(f"--quality {text} names no bound: it should be COLUMN=MIN:MAX, such as sharpness=100:")
+        ranges[column] = low, high
+    return ranges
 
 
 def storage_options(pairs: Sequence[str]) -> dict[str, Any] | None:
