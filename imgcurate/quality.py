@@ -37,7 +37,7 @@ def gray_of(pixels: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         int32 of shape (n, height, width), 0-255.
     """
-    red, green, blue = pixels.to(torch.int32).unbind(-1)
+    red, green, blue = (channel.to(torch.int32) for channel in pixels.unbind(-1))
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
@@ -60,15 +60,18 @@ def sharpness(gray: torch.Tensor) -> torch.Tensor:
     ----------
     Pech-Pacheco et al.: Diatom autofocusing in brightfield microscopy: a comparative study, ICPR 2000.
     """
-    padded = gray
+    laplacian = -4 * gray
     for axis in (1, 2):
-        n = padded.shape[axis]
-        index = torch.arange(-1, n + 1, device=gray.device).abs()
-        index[-1] = max(0, n - 2)
-        index.clamp_(max=n - 1)
-        padded = padded.index_select(axis, index)
-    around = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
-    return _moments(around - 4 * gray)[1].float()
+        n = gray.shape[axis]
+        if n > 1:
+            before, after = gray.narrow(axis, 0, n - 1), gray.narrow(axis, 1, n - 1)
+            laplacian.narrow(axis, 1, n - 1).add_(before)
+            laplacian.narrow(axis, 0, n - 1).add_(after)
+            laplacian.narrow(axis, 0, 1).add_(gray.narrow(axis, 1, 1))
+            laplacian.narrow(axis, n - 1, 1).add_(gray.narrow(axis, n - 2, 1))
+        else:
+            laplacian.add_(gray, alpha=2)
+    return _moments(laplacian)[1].float()
 
 
 def entropy(gray: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,7 @@ def colorfulness(pixels: torch.Tensor) -> torch.Tensor:
     ----------
     Hasler, Suesstrunk: Measuring colourfulness in natural images, SPIE 5007, 2003.
     """
-    red, green, blue = pixels.to(torch.int32).unbind(-1)
+    red, green, blue = (channel.to(torch.int32) for channel in pixels.unbind(-1))
     mean_rg, var_rg = _moments(red - green)
     # Twice yellow-blue, which is a whole number.
     mean_yb, var_yb = _moments(red + green - 2 * blue)
@@ -145,7 +148,8 @@ def _dct_basis() -> torch.Tensor:
 
 def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and variance of whole numbers over each image, float64 of shape (n,)."""
-    flat = values.flatten(1).long()
+    flat = values.flatten(1)
     n = max(1, flat.shape[1])
+    # Values are below 2^15, so squares fit into the int32 that they come in; sums are int64.
     total, squares = flat.sum(dim=1), (flat * flat).sum(dim=1)
     return total.double() / n, (n * squares - total * total).double() / n**2
