@@ -131,6 +131,18 @@ def curate(
     model_dir: Annotated[str | None, typer.Option(help="Folder with weights; what is missing is downloaded.")] = None,
     min_aesthetic: Annotated[float | None, typer.Option(min=0, max=1, help="Keep aesthetic_score >= F.")] = None,
     max_nsfw: Annotated[float | None, typer.Option(min=0, max=1, help="Keep nsfw_score < F.")] = None,
+    quality: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=MIN:MAX", help="Keep this range, such as sharpness=100: or width=256:; repeatable."
+        ),
+    ] = None,
+    exact_dedup: Annotated[
+        bool, typer.Option("--exact-dedup/--no-exact-dedup", help="Remove images of the same bytes first.")
+    ] = False,
+    perceptual: Annotated[
+        int | None, typer.Option(min=0, max=16, help="Remove images whose pHash differs in at most N of 64 bits.")
+    ] = None,
     dedup: Annotated[bool, typer.Option("--dedup/--no-dedup", help="Remove semantic duplicates.")] = True,
     eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
     n_clusters: Annotated[int | None, typer.Option(min=1, help="Clusters for dedup; chosen if not given.")] = None,
@@ -155,18 +167,30 @@ def curate(
     quiet: Quiet = False,
 ) -> None:
     """Curate shards: embed, score, filter, remove duplicates, write what is kept."""
+    from imgcurate.config import quality_ranges
     from imgcurate.stages import (
+        ExactDedupStage,
         ImageAestheticFilterStage,
         ImageEmbeddingStage,
         ImageNSFWFilterStage,
+        ImageQualityFilterStage,
+        PerceptualDedupStage,
         SemanticDedupStage,
     )
 
-    stages: list[Any] = [ImageEmbeddingStage(encoder, pretrained, model_dir, model_inference_batch_size=batch_size)]
+    stages: list[Any] = []
+    hashes = [c for c, asked in ((schema.CONTENT_HASH, exact_dedup), (schema.PHASH, perceptual is not None)) if asked]
+    if quality or hashes:
+        stages.append(ImageQualityFilterStage(quality_ranges(quality or []), columns=None if quality else hashes))
+    stages.append(ImageEmbeddingStage(encoder, pretrained, model_dir, model_inference_batch_size=batch_size))
     if min_aesthetic is not None:
         stages.append(ImageAestheticFilterStage(min_aesthetic, model_dir))
     if max_nsfw is not None:
         stages.append(ImageNSFWFilterStage(max_nsfw, model_dir))
+    if exact_dedup:
+        stages.append(ExactDedupStage(keep_by=keep_by))
+    if perceptual is not None:
+        stages.append(PerceptualDedupStage(perceptual, keep_by=keep_by))
     if dedup:
         stages.append(
             SemanticDedupStage(

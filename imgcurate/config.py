@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -29,28 +28,34 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, nearest
 from imgcurate.pipeline import Pipeline
 from imgcurate.stages import (
+    ExactDedupStage,
     FilePartitioningStage,
     ImageAestheticFilterStage,
     ImageEmbeddingStage,
     ImageNSFWFilterStage,
+    ImageQualityFilterStage,
     ImageReaderStage,
     ImageWriterStage,
+    PerceptualDedupStage,
     SemanticDedupStage,
     Stage,
 )
 
-__all__ = ["STAGES", "RunConfig", "load_config", "storage_options"]
+__all__ = ["STAGES", "RunConfig", "load_config", "quality_ranges", "storage_options"]
 
 STAGES: Final[Mapping[str, type[Stage]]] = {
     stage.__name__: stage
     for stage in (
         ImageReaderStage,
+        ImageQualityFilterStage,
         ImageEmbeddingStage,
         ImageAestheticFilterStage,
         ImageNSFWFilterStage,
+        ExactDedupStage,
+        PerceptualDedupStage,
         SemanticDedupStage,
         ImageWriterStage,
     )
@@ -156,6 +161,41 @@ def load_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path}: {where}: {error['msg']}{hint}") from exc
 
 
+def quality_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
+    """Return the ranges of :class:`ImageQualityFilterStage` from the command line.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        ``COLUMN=MIN:MAX`` each; what is left out is open.
+
+    Raises
+    ------
+    ConfigError
+        If one cannot be understood, or a column stands twice.
+
+    Examples
+    --------
+    >>> quality_ranges(["sharpness=100:", "aspect_ratio=:3"])
+    {'sharpness': (100.0, None), 'aspect_ratio': (None, 3.0)}
+    """
+    ranges: dict[str, tuple[float | None, float | None]] = {}
+    for text in texts:
+        column, equals, bounds = text.partition("=")
+        if column in ranges:
+            raise ConfigError(f"--quality {column}=... is given twice")
+        try:
+            low, high = (float(bound) if bound.strip() else None for bound in bounds.split(":"))
+        except ValueError as exc:
+            raise ConfigError(
+                f"--quality {text} should be COLUMN=MIN:MAX, such as sharpness=100: or aspect_ratio=:3"
+            ) from exc
+        if not equals or (low is None and high is None):
+            raise ConfigError(f"--quality {text} names no bound: it should be COLUMN=MIN:MAX, such as sharpness=100:")
+        ranges[column] = low, high
+    return ranges
+
+
 def storage_options(pairs: Sequence[str]) -> dict[str, Any] | None:
     """Return fsspec options from the command line.
 
@@ -242,9 +282,3 @@ def _find_stage(number: int, name: str) -> type[Stage]:
     if not (isinstance(kind, type) and issubclass(kind, Stage)):
         raise ConfigError(f"stages[{number}]: {name} is not a subclass of ProcessingStage or DatasetStage")
     return kind
-
-
-def nearest(name: str, known: Any) -> str:
-    """Return "; did you mean ...?" for the known names that are near, else the list of them."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -22,7 +22,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -32,7 +32,8 @@ import torch
 from imgcurate import schema
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
-from imgcurate.errors import ImgcurateError
+from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.facts import BYTE_FACTS, FACTS, HASH_BYTES, pixels_hash
 from imgcurate.pillow import UndecodableError, decode_with_pillow
 from imgcurate.probe import probe
 
@@ -64,6 +65,8 @@ class Decoded:
         Pixels, orientation applied; of an undecoded image as its header says, or 0.
     statuses : list of n str
         The status of each row: ``ok``, ``decode_error``, ``too_small`` or ``decoder_crash``.
+    facts : mapping of str to ndarray of shape (n_ok,)
+        What was asked for of :data:`imgcurate.facts.FACTS`, of the images that decoded.
     """
 
     ok: npt.NDArray[np.bool_]
@@ -72,6 +75,7 @@ class Decoded:
     widths: npt.NDArray[np.int32]
     heights: npt.NDArray[np.int32]
     statuses: list[str]
+    facts: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 class Decoder:
@@ -93,6 +97,13 @@ class Decoder:
         So are images whose longer side is more than so many times the shorter one.
     min_size : int
         Images whose shorter side has fewer pixels are not decoded: they are ``too_small``.
+    facts : sequence of str
+        What else to tell of each image; see :data:`imgcurate.facts.FACTS`.
+
+    Raises
+    ------
+    ConfigError
+        If a fact is unknown.
 
     Notes
     -----
@@ -109,8 +120,13 @@ class Decoder:
         max_pixels: int = MAX_PIXELS,
         max_aspect_ratio: float = MAX_ASPECT_RATIO,
         min_size: int = 1,
+        facts: Sequence[str] = (),
     ) -> None:
+        unknown = [f for f in facts if f not in FACTS]
+        if unknown:
+            raise ConfigError(f"the decoder cannot tell {unknown[0]!r} of an image; it can tell {', '.join(FACTS)}")
         self.views = tuple(views)
+        self.facts = tuple(facts)
         self.backend = backend
         self.batch_size = batch_size
         self.max_pixels = max_pixels
@@ -153,7 +169,7 @@ class Decoder:
                 reasons[i], statuses[i] = _reason(exc), _status(exc)
                 continue
             parts.append(([i], images, sizes))
-        return self._assemble(parts, reasons, widths, heights, statuses)
+        return self._assemble(blobs, parts, reasons, widths, heights, statuses)
 
     def _decode_with_dali(
         self, blobs: Sequence[bytes], todo: Sequence[int], rejected: list[int]
@@ -193,36 +209,46 @@ class Decoder:
         if len(outputs[0]) != len(inputs):
             raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(inputs)}: this is a bug")
         # A copy, for DALI may use the memory again in the next run.
-        images = [torch.utils.dlpack.from_dlpack(out.as_tensor()).clone() for out in outputs[:-1]]
-        shapes = outputs[-1].as_cpu() if hasattr(outputs[-1], "as_cpu") else outputs[-1]
+        n_views = len(self.views)
+        images = [torch.utils.dlpack.from_dlpack(out.as_tensor()).clone() for out in outputs[:n_views]]
+        shapes, *full = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in outputs[n_views:])
+        if full:
+            # Hashes take the way of a further view: a row of bytes for each image.
+            rows = [pixels_hash(np.asarray(full[0].at(i))) for i in range(len(inputs))]
+            images.append(torch.from_numpy(np.stack(rows)))
         return images, np.asarray(shapes.as_array(), dtype=np.int64)[:, :2]
 
     def _assemble(
         self,
+        blobs: Sequence[bytes],
         parts: Sequence[tuple[list[int], list[torch.Tensor], npt.NDArray[np.int64]]],
         reasons: list[str],
         widths: npt.NDArray[np.int32],
         heights: npt.NDArray[np.int32],
         statuses: list[str],
     ) -> Decoded:
-        ok = np.zeros(len(reasons), dtype=bool)
+        ok = np.zeros(len(blobs), dtype=bool)
         order: list[int] = []
         for indices, _, sizes in parts:
             ok[indices] = True
             heights[indices], widths[indices] = sizes[:, 0], sizes[:, 1]
             order += indices
-        images = {}
-        for v, view in enumerate(self.views):
+
+        def in_order(v: int, shape: tuple[int, ...]) -> torch.Tensor:
             if not parts:
-                images[view] = torch.empty(
-                    (0, view.height, view.width, 3), dtype=torch.uint8, device=self.backend.torch_device
-                )
-            elif len(parts) == 1:
-                images[view] = parts[0][1][v]
-            else:
-                stacked = torch.cat([images_[v] for _, images_, _ in parts])
-                images[view] = stacked[torch.from_numpy(np.argsort(order)).to(stacked.device)]
-        return Decoded(ok, images, reasons, widths, heights, statuses)
+                return torch.empty((0, *shape), dtype=torch.uint8, device=self.backend.torch_device)
+            if len(parts) == 1:
+                return parts[0][1][v]
+            stacked = torch.cat([images_[v] for _, images_, _ in parts])
+            return stacked[torch.from_numpy(np.argsort(order)).to(stacked.device)]
+
+        images = {view: in_order(v, (view.height, view.width, 3)) for v, view in enumerate(self.views)}
+        good = [blobs[i] for i in np.flatnonzero(ok).tolist()]
+        facts = {f: np.array([BYTE_FACTS[f](b) for b in good], FACTS[f]) for f in self.facts if f in BYTE_FACTS}
+        if schema.PIXEL_HASH in self.facts:
+            rows = in_order(len(self.views), (HASH_BYTES,)).cpu().numpy()
+            facts[schema.PIXEL_HASH] = np.array([row.tobytes().hex() for row in rows], FACTS[schema.PIXEL_HASH])
+        return Decoded(ok, images, reasons, widths, heights, statuses, facts)
 
     def _pixel_graph(self) -> Any:
         if self._from_pixels is None:
@@ -246,7 +272,9 @@ class Decoder:
                 image = fn.decoders.image(source, device=self.backend.dali_device, output_type=types.RGB)
             else:
                 image = source.gpu() if self.backend.is_gpu else source
-            graph.set_outputs(*(view_operators(image, view) for view in self.views), image.shape(device="cpu"))
+            outputs = [view_operators(image, view) for view in self.views]
+            outputs.append(image.shape(device="cpu"))
+            graph.set_outputs(*outputs, *([image] if schema.PIXEL_HASH in self.facts else []))
         graph.build()
         return graph
 
@@ -324,16 +352,17 @@ def borrow_decoder(
     max_pixels: int = MAX_PIXELS,
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
     min_size: int = 1,
+    facts: Sequence[str] = (),
 ) -> Iterator[Decoder]:
     """Borrow a decoder from this process's pool; graphs are built once and used for every partition."""
     limits = (max_pixels, max_aspect_ratio, min_size)
-    key = (tuple(views), backend, batch_size, num_threads, limits)
+    key = (tuple(views), backend, batch_size, num_threads, limits, tuple(facts))
     with _idle_lock:
         decoder = _idle[key].pop() if _idle[key] else None
     if decoder is None:
         decoder = Decoder(
             views, backend, batch_size=batch_size, num_threads=num_threads,
-            max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, min_size=min_size,
+            max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, min_size=min_size, facts=facts,
         )  # fmt: skip
     try:
         yield decoder

@@ -17,6 +17,9 @@ A bad *sample* never raises: it becomes a row whose ``status`` and ``reason`` sa
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "CatalogError",
     "ClusterError",
@@ -27,6 +30,7 @@ __all__ = [
     "InputError",
     "TarError",
     "WeightsError",
+    "nearest",
     "printable",
 ]
 
@@ -91,3 +95,9 @@ class CatalogError(ImgcurateError):
 
 class ClusterError(ImgcurateError):
     """Dask workers that died or could not be reached."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" for the known names that are near, else the list of them."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -139,7 +139,8 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
         clash = [c for c in added if c in schema.INDEX_COLUMNS]
         if clash:
             raise ConfigError(f"stage {stage.name} adds the column {clash[0]!r}, which belongs to imgcurate")
-        twice = [c for c in added if c in types]
+        revised = stage.revises if isinstance(stage, DatasetStage) else ()
+        twice = [c for c in added if c in types and c not in revised]
         if twice:
             raise ConfigError(f"stage {stage.name} adds the column {twice[0]!r}, which a stage before it added")
         types |= added

@@ -19,13 +19,21 @@ from imgcurate.errors import ConfigError
 __all__ = [
     "AESTHETIC_SCORE",
     "AESTHETIC_SCORE_RAW",
+    "ASPECT_RATIO",
+    "BRIGHTNESS",
     "CATALOG_ORDER",
+    "CHANNELS",
     "CLUSTER",
+    "COLORFULNESS",
     "COLUMNS",
+    "CONTENT_HASH",
+    "CONTRAST",
+    "DUPLICATE_BY",
     "DUPLICATE_IN",
     "DUPLICATE_OF",
     "EMBEDDING",
     "ENCODER",
+    "ENTROPY",
     "EXT",
     "FILES",
     "HEIGHT",
@@ -35,8 +43,11 @@ __all__ = [
     "NBYTES",
     "NSFW_SCORE",
     "OFFSET",
+    "PHASH",
+    "PIXEL_HASH",
     "REASON",
     "SHARD",
+    "SHARPNESS",
     "SIMILARITY",
     "SPANS",
     "STATUS",
@@ -47,6 +58,7 @@ __all__ = [
     "STATUS_NO_IMAGE",
     "STATUS_NSFW",
     "STATUS_OK",
+    "STATUS_QUALITY",
     "STATUS_READ_ERROR",
     "STATUS_TAR_ERROR",
     "STATUS_TOO_SMALL",
@@ -75,12 +87,23 @@ WIDTH: Final = "width"
 HEIGHT: Final = "height"
 STATUS: Final = "status"
 REASON: Final = "reason"
+ASPECT_RATIO: Final = "aspect_ratio"
+CHANNELS: Final = "channels"
+SHARPNESS: Final = "sharpness"
+BRIGHTNESS: Final = "brightness"
+CONTRAST: Final = "contrast"
+ENTROPY: Final = "entropy"
+COLORFULNESS: Final = "colorfulness"
+CONTENT_HASH: Final = "content_hash"
+PIXEL_HASH: Final = "pixel_hash"
+PHASH: Final = "phash"
 EMBEDDING: Final = "embedding"
 AESTHETIC_SCORE: Final = "aesthetic_score"
 AESTHETIC_SCORE_RAW: Final = "aesthetic_score_raw"
 NSFW_SCORE: Final = "nsfw_score"
 CLUSTER: Final = "cluster"
 DUPLICATE_OF: Final = "duplicate_of"
+DUPLICATE_BY: Final = "duplicate_by"
 DUPLICATE_IN: Final = "duplicate_in"
 SIMILARITY: Final = "similarity"
 ENCODER: Final = "encoder"
@@ -90,6 +113,7 @@ STATUS_TAR_ERROR: Final = "tar_error"
 STATUS_NO_IMAGE: Final = "no_image"
 STATUS_READ_ERROR: Final = "read_error"
 STATUS_DECODE_ERROR: Final = "decode_error"
+STATUS_QUALITY: Final = "quality"
 STATUS_DECODER_CRASH: Final = "decoder_crash"
 STATUS_TOO_SMALL: Final = "too_small"
 STATUS_AESTHETIC: Final = "aesthetic"
@@ -136,6 +160,16 @@ COLUMNS: Final[Mapping[str, Column]] = {
         Column(HEIGHT, pa.int32(), "pixels, EXIF orientation applied; 0 if unknown"),
         Column(STATUS, pa.string(), "'ok', or why the sample left"),
         Column(REASON, pa.string(), "the status in words, with the number that decided; '' if ok"),
+        Column(ASPECT_RATIO, pa.float32(), "longer side / shorter side, >= 1; null where no image decoded"),
+        Column(CHANNELS, pa.int32(), "as stored: 1 gray, 2 gray + alpha, 3 colour, 4 colour + alpha, CMYK; 0 unknown"),
+        Column(SHARPNESS, pa.float32(), ">= 0, higher is sharper: variance of the Laplacian at 224 pixels a side"),
+        Column(BRIGHTNESS, pa.float32(), "[0, 255], mean luma, higher is brighter"),
+        Column(CONTRAST, pa.float32(), "[0, 127.5], standard deviation of the luma"),
+        Column(ENTROPY, pa.float32(), "[0, 8] bits, of the histogram of the luma"),
+        Column(COLORFULNESS, pa.float32(), "0 gray, 33 moderately, 109 extremely colourful (Hasler and Suesstrunk)"),
+        Column(CONTENT_HASH, pa.string(), "BLAKE2b of the image as stored, 32 hex digits; null where none decoded"),
+        Column(PIXEL_HASH, pa.string(), "BLAKE2b of the decoded pixels at full size and their shape, 32 hex digits"),
+        Column(PHASH, pa.int64(), "64-bit perceptual hash (pHash); null where no image decoded, or it is nearly flat"),
         Column(EMBEDDING, pa.list_(pa.float32()), "(d,) float32, unit L2 norm; null where no image decoded"),
         Column(ENCODER, pa.string(), "identity of the encoder that made the embedding; null where there is none"),
         Column(AESTHETIC_SCORE, pa.float32(), "[0, 1], higher is better: LAION's 1..10 scale divided by ten"),
@@ -144,7 +178,12 @@ COLUMNS: Final[Mapping[str, Column]] = {
         Column(CLUSTER, pa.int32(), "index of the nearest k-means centroid; null where no embedding"),
         Column(DUPLICATE_OF, pa.int64(), "uid of the kept sample that this one duplicates; null if none"),
         Column(DUPLICATE_IN, pa.string(), "run folder that duplicate_of belongs to; null if it is this one"),
-        Column(SIMILARITY, pa.float32(), "cosine similarity to the sample named by duplicate_of; null if none"),
+        Column(
+            DUPLICATE_BY, pa.string(), "how alike they are: 'content', 'pixels', 'phash' or 'embedding'; null if none"
+        ),
+        Column(
+            SIMILARITY, pa.float32(), "cosine similarity to the sample named by duplicate_of; null if none or unknown"
+        ),
     )
 }
 

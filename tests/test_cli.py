@@ -9,8 +9,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from imgcurate import cli
 
@@ -161,3 +163,39 @@ def test_help_and_version(run) -> None:
     assert code == 0
     assert all(any(command in line for line in lines) for command in ("demo", "curate", "run", "inspect"))
     assert run("--version")[1] == ["imgcurate 0.1.0"]
+
+
+def test_curate_filters_by_quality_and_removes_copies(tmp_path: Path, run, photos, encode, write_tar) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    blob = encode(noise)
+    pictures = {"a": blob, "b": blob, "c": encode(noise, quality=60), "d": encode(photos[0].resize((60, 60)))}
+    write_tar(tmp_path / "in.tar", [(key, {"jpg": data}) for key, data in pictures.items()])
+    code, out, err = run(
+        "curate", tmp_path / "in.tar", "-o", tmp_path / "OUT", "--encoder", "tiny-image", "--no-dedup", "--workers", 1,
+        "--quality", "width=100:", "--quality", "entropy=:8", "--exact-dedup", "--perceptual", 6, "--quiet",
+    )  # fmt: skip
+    assert code == 0, err
+    assert out[-1] == "4 samples in = 1 kept + 2 duplicate + 1 quality"
+    rows = pq.read_table(tmp_path / "OUT" / "catalog" / "part-00000.parquet").to_pylist()
+    assert [r["status"] for r in rows] == ["ok", "duplicate", "duplicate", "quality"]
+    assert [r["duplicate_by"] for r in rows] == [None, "content", "phash", None]
+    assert rows[1]["reason"] == "duplicate of in/a, same bytes"
+    assert rows[3]["reason"] == "width 60 < 100"
+    assert rows[3]["sharpness"] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("sharpness", "names no bound|should be COLUMN=MIN:MAX"),
+        ("sharpness=:", "names no bound"),
+        ("sharpness=a:", "should be COLUMN=MIN:MAX"),
+        ("sharpness=1:2:3", "should be COLUMN=MIN:MAX"),
+        ("sharpness=nan:", "pair"),
+        ("sharpnes=1:", "did you mean 'sharpness'"),
+    ],
+)
+def test_curate_says_what_is_wrong_with_a_range(tmp_path: Path, run, given: str, message: str) -> None:
+    code, _, err = run("curate", "x.tar", "-o", tmp_path, "--encoder", "tiny-image", "--quality", given)
+    assert code == 2
+    assert re.search(message, err)

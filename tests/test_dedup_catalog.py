@@ -18,7 +18,7 @@ from imgcurate.catalog import Catalog, Manifest
 from imgcurate.dedup import DedupConfig, dedup_arrays
 from imgcurate.dedup.catalog import CatalogDedup
 from imgcurate.errors import ConfigError, EncoderMismatchError
-from imgcurate.stages.deduplication import _run_here
+from imgcurate.stages.dedup_frames import run_here
 
 N = 600
 
@@ -61,7 +61,7 @@ def run(folder: Path, parts: list[pa.Table], config: DedupConfig, bucket_bytes: 
     job = CatalogDedup(
         catalog_of(folder / "run", parts), config, str(folder / "scratch"), "cpu", bucket_bytes=bucket_bytes
     )
-    job.run(_run_here)
+    job.run(run_here)
     found = {}
     for i, part in enumerate(parts):
         decided = job.decided(i)
@@ -103,7 +103,7 @@ def test_orphans_come_back_or_go_for_another(tmp_path: Path) -> None:
     config = DedupConfig(eps=0.02, n_clusters=20, n_probe=3, fit_data_fraction=1.0)
     expected = in_memory(rows, config)
     job = CatalogDedup(catalog_of(tmp_path / "a", [rows]), config, str(tmp_path / "s"), "cpu", bucket_bytes=3000)
-    job.run(_run_here)
+    job.run(run_here)
     decider = job._decider(config.eps)
     assert sum(len(decider._rows("orphans", b)) for b in range(job.exchange.n_buckets)) > 5
     keeper = job.decided(0).keeper
@@ -136,8 +136,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, rows: pa.Table) -> None:
     def stop_in(step: str, after: int):
         def run_tasks(name, function, numbers):
             if name != step:
-                return _run_here(name, function, numbers)
-            _run_here(name, function, list(numbers)[:after])
+                return run_here(name, function, numbers)
+            run_here(name, function, list(numbers)[:after])
             raise StoppedError
 
         return run_tasks
@@ -147,7 +147,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, rows: pa.Table) -> None:
     for step in ("sample", "assign", "eps 0.08: within clusters", "eps 0.08: across clusters"):
         with pytest.raises(StoppedError):
             job.run(stop_in(step, 2))
-    job.run(_run_here)
+    job.run(run_here)
     found = {
         uid: (int(c), int(k))
         for i, part in enumerate(parts)
@@ -215,7 +215,7 @@ def test_eps_list_counts_what_each_threshold_alone_removes(tmp_path: Path, rows:
     catalog = catalog_of(tmp_path / "run", [rows.slice(0, 300), rows.slice(300)])
     eps_list = (0.02, 0.05, 0.12)
     config = DedupConfig(eps=0.08, eps_list=eps_list, n_clusters=12, fit_data_fraction=1.0)
-    removed = CatalogDedup(catalog, config, str(tmp_path / "s"), "cpu", bucket_bytes=6000).run(_run_here)
+    removed = CatalogDedup(catalog, config, str(tmp_path / "s"), "cpu", bucket_bytes=6000).run(run_here)
     assert list(removed) == [0.02, 0.05, 0.08, 0.12]
     for eps, n in removed.items():
         alone = in_memory(rows, DedupConfig(eps=eps, n_clusters=12, fit_data_fraction=1.0))

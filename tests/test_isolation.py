@@ -20,12 +20,12 @@ import torch
 from imgcurate.backend import Backend, get_backend
 from imgcurate.batches import PixelView
 from imgcurate.catalog import Attempts
-from imgcurate.decode import Decoder
+from imgcurate.decode import Decoded, Decoder
 from imgcurate.errors import ImgcurateError
 from imgcurate.isolation import IsolatedDecoder, memory_limit
 
 VIEWS = (PixelView(32, 32), PixelView(16, 24, "longest"))
-OPTIONS = {"batch_size": 8, "num_threads": 1}
+OPTIONS = {"batch_size": 8, "num_threads": 1, "facts": ("content_hash", "channels", "pixel_hash")}
 PLUGIN = """
 import numpy, os, signal, time
 from PIL import Image, ImageFile
@@ -97,6 +97,7 @@ def test_isolated_pixels_are_those_of_the_decoder(backend: Backend, blobs) -> No
     assert (got.reasons, got.statuses) == (expected.reasons, expected.statuses)
     np.testing.assert_array_equal(got.ok, expected.ok)
     np.testing.assert_array_equal(got.widths, expected.widths)
+    assert_same_facts(got, expected)
     for view in VIEWS:
         assert torch.equal(got.images[view].cpu(), expected.images[view])
         assert got.images[view].device.type == torch.device(backend.torch_device).type
@@ -112,8 +113,16 @@ def test_a_culprit_is_found_wherever_it_stands(places: tuple[int, ...], isolated
     assert np.flatnonzero(~got.ok).tolist() == list(places)
     assert {got.reasons[i] for i in places} == {"the decoder died on it (SIGSEGV)"}
     assert [s == "decoder_crash" for s in got.statuses] == [i in places for i in range(8)]
+    assert_same_facts(got, expected)
     for view in VIEWS:
         assert torch.equal(got.images[view], expected.images[view])
+
+
+def assert_same_facts(got: Decoded, expected: Decoded) -> None:
+    assert list(got.facts) == list(expected.facts) == list(OPTIONS["facts"])
+    for name, values in expected.facts.items():
+        assert len(values) == expected.ok.sum()
+        assert (got.facts[name].dtype.kind, got.facts[name].tolist()) == (values.dtype.kind, values.tolist())
 
 
 @pytest.mark.parametrize(

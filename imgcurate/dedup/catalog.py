@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from imgcurate import schema
 from imgcurate.catalog import Catalog
@@ -14,6 +16,7 @@ from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.decide import Decider
 from imgcurate.dedup.exchange import REFERENCE_SHIFT, Exchange, Scratch, TaskRunner
 from imgcurate.dedup.passes import REFERENCE_BIT
+from imgcurate.dedup.verdicts import EMBEDDING, Verdicts
 from imgcurate.storage import join_url
 
 __all__ = ["CatalogDedup", "Decided"]
@@ -123,6 +126,24 @@ class CatalogDedup:
         for name in ("keeper", "keeper_name", "similarity"):
             getattr(out, name)[at] = getattr(decisions, name)
         return out
+
+    @property
+    def kind(self) -> str:
+        """How alike duplicates are."""
+        return EMBEDDING
+
+    def outcome(self, number: int) -> tuple[Verdicts, Mapping[str, pa.Array]]:
+        """Return the decisions about a part's rows, in their order, and their clusters."""
+        decided = self.decided(number)
+        n = len(decided.keeper)
+        where, reason = np.full(n, "", dtype=object), np.full(n, "", dtype=object)
+        where[decided.by_reference] = [self.references[i].folder for i in decided.reference_index]
+        for i in np.flatnonzero(decided.goes):
+            name = f"{where[i]}: {decided.keeper_name[i]}" if where[i] else decided.keeper_name[i]
+            reason[i] = f"duplicate of {name}, cosine {decided.similarity[i]:.3f}"
+        uid = self.catalog.read(number, [schema.UID])[schema.UID].to_numpy()
+        cluster = pa.array(decided.cluster.astype(np.int32), mask=decided.cluster < 0)
+        return Verdicts(uid, decided.keeper_uid, where, decided.similarity, reason), {schema.CLUSTER: cluster}
 
     def _decider(self, eps: float) -> Decider:
         return Decider(self.exchange, self.config.with_eps(eps), self._folder(f"eps-{eps!r}"))

@@ -8,10 +8,8 @@ goes on.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,12 +23,13 @@ from imgcurate.backend import array_from_list_column, get_backend
 from imgcurate.catalog import Catalog, read_batch, write_batches
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.kmeans import fit_centroids
+from imgcurate.dedup.names import sample_names, shard_names
 from imgcurate.dedup.passes import REFERENCE_BIT, Rows
 from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
-from imgcurate.errors import ConfigError, printable
+from imgcurate.errors import ConfigError
 from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
 
-__all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner"]
+__all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner", "numeric_column"]
 
 _MIN_BUCKET_BYTES: Final = 128 * 1024**2
 _MAX_BUCKET_BYTES: Final = 1024**3
@@ -132,7 +131,7 @@ class Exchange:
         n_rows = sum(c["rows"] for c in counts.values())
         own = sum(counts[n]["rows"] for n in range(self.catalog.n_parts))
         self.scratch.write_json("rows", {"rows": n_rows, "own": own})
-        self.scratch.write_json("names", _alike({s for c in counts.values() for s in c["shards"]}))
+        self.scratch.write_json("names", shard_names({s for c in counts.values() for s in c["shards"]}))
         if not n_rows:
             self.scratch.write_json("plan", {"starts": []})
             return
@@ -232,8 +231,8 @@ class Exchange:
         x, valid = unit_rows(_matrix(table, centroids.shape[1]))
         table, x, uid = table.filter(pa.array(valid)), x[valid], uid[valid]
         # What stays in any case needs no preference.
-        values = {c: np.zeros(len(uid)) if is_reference else _numbers(table, c) for c in columns}
-        names = _names(table, self.scratch.read_json("names"))
+        values = {c: np.zeros(len(uid)) if is_reference else numeric_column(table, c) for c in columns}
+        names = sample_names(table, self.scratch.read_json("names"))
         rows = make_rows(x, uid, names, values, centroids, self.config, get_backend(self.device))
         self.scratch.write(name, self.by_bucket(rows))
         return {}
@@ -253,37 +252,6 @@ class Exchange:
         return starts
 
 
-def _names(table: pa.Table, alike: Mapping[str, str]) -> npt.NDArray[Any]:
-    """Return how samples are named in words: ``<shard stem>/<key>``, more of the shard's path if it is in `alike`."""
-    shards, keys = table[schema.SHARD].to_pylist(), table[schema.KEY].to_pylist()
-    stems = {s: printable(alike.get(s, _stem(s))) for s in set(shards)}
-    names = np.empty(len(keys), dtype=object)
-    names[:] = [f"{stems[s]}/{printable(k)}" for s, k in zip(shards, keys, strict=True)]
-    return names
-
-
-def _stem(url: str) -> str:
-    return url.rsplit("/", 1)[-1].split(".", 1)[0]
-
-
-def _alike(urls: Iterable[str]) -> dict[str, str]:
-    """Return, for the shards that share a stem, as much of the end of each path as tells them apart."""
-    names: dict[str, str] = {}
-    groups = [list(urls)]
-    depth = 0
-    while groups:
-        by_name: dict[str, list[str]] = defaultdict(list)
-        for url in itertools.chain.from_iterable(groups):
-            parts = url.split("/")
-            # Shards of one folder whose names differ behind the dot.
-            whole = depth >= len(parts)
-            by_name[url if whole else "/".join([*parts[-depth - 1 : -1], _stem(url)])].append(url)
-        names |= {group[0]: name for name, group in by_name.items() if len(group) == 1 and depth}
-        groups = [group for group in by_name.values() if len(group) > 1]
-        depth += 1
-    return names
-
-
 def _matrix(table: pa.Table, dim: int = 1) -> npt.NDArray[np.float32]:
     if not len(table):
         return np.empty((0, dim), np.float32)
@@ -291,7 +259,14 @@ def _matrix(table: pa.Table, dim: int = 1) -> npt.NDArray[np.float32]:
     return matrix
 
 
-def _numbers(table: pa.Table, column: str) -> npt.NDArray[np.float64]:
+def numeric_column(table: pa.Table, column: str) -> npt.NDArray[np.float64]:
+    """Return a column of ``keep_by`` as float64, NaN where it is null.
+
+    Raises
+    ------
+    ConfigError
+        If it does not hold numbers.
+    """
     try:
         values: npt.NDArray[np.float64] = table[column].cast(pa.float64()).to_numpy()
     except pa.ArrowException as exc:

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from imgcurate.backend import Backend
 from imgcurate.dedup.config import DedupConfig
+from imgcurate.dedup.records import Records, array_from_arrow, array_to_arrow
 from imgcurate.dedup.similarity import greedy_keep, near_pairs, remove_chains
 
 __all__ = ["REFERENCE_BIT", "Decisions", "Pairs", "Rows", "across", "choose", "orphans_of", "within"]
@@ -32,7 +33,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Records):
     """Embeddings with what decides about them.
 
     Attributes
@@ -58,18 +59,10 @@ class Rows:
     name: npt.NDArray[Any]
     x: npt.NDArray[np.float32]
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.uid)
-
     @property
     def fixed(self) -> npt.NDArray[np.bool_]:
         """Mask of the rows of reference sets."""
         return _is_reference(self.uid)
-
-    def take(self, index: npt.NDArray[Any]) -> Rows:
-        """Return some rows: positions, or a mask."""
-        return Rows(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def visitors(self) -> Rows:
         """Return the rows as they are looked at in their further clusters."""
@@ -90,13 +83,6 @@ class Rows:
         return {int(c): slice(int(a), int(b)) for c, a, b in zip(values, starts, stops, strict=True)}
 
     @staticmethod
-    def concat(parts: Sequence[Rows]) -> Rows:
-        """Return the rows of several, one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        return Rows(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)))
-
-    @staticmethod
     def empty(n_keys: int, n_probes: int, dim: int) -> Rows:
         """Return no rows."""
         return Rows(
@@ -104,35 +90,9 @@ class Rows:
             np.empty(0, object), np.empty((0, dim), np.float32),
         )  # fmt: skip
 
-    def to_arrow(self) -> pa.RecordBatch:
-        """Return the rows as an Arrow record batch; see :meth:`from_arrow`."""
-        columns = {f.name: _to_arrow(getattr(self, f.name)) for f in fields(Rows)}
-        return pa.record_batch(list(columns.values()), names=list(columns))
-
-    @staticmethod
-    def from_arrow(batch: pa.RecordBatch) -> Rows:
-        """Return the rows of a record batch of :meth:`to_arrow`."""
-        return Rows(*(_from_arrow(batch[f.name]) for f in fields(Rows)))
-
-
-def _to_arrow(array: npt.NDArray[Any]) -> pa.Array:
-    if array.ndim == 1:
-        return pa.array(array, pa.string() if array.dtype == object else None)
-    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(flat.type, array.shape[1]))
-
-
-def _from_arrow(array: pa.Array) -> npt.NDArray[Any]:
-    n: int = len(array)
-    width: tuple[int, ...] = ()
-    if pa.types.is_fixed_size_list(array.type):
-        array, width = array.flatten(), (array.type.list_size,)
-    values: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False).reshape(n, *width)
-    return values
-
 
 @dataclass(frozen=True)
-class Decisions:
+class Decisions(Records):
     """Rows that go, and for which row.
 
     Attributes
@@ -163,15 +123,6 @@ class Decisions:
         n = len(uid)
         return Decisions(uid, np.full(n, -1, np.int64), np.full(n, "", object), np.full(n, np.nan))
 
-    def take(self, index: npt.NDArray[Any]) -> Decisions:
-        """Return some of them: positions, or a mask."""
-        return Decisions(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    @staticmethod
-    def concat(parts: Sequence[Decisions]) -> Decisions:
-        """Return those of several, one after the other."""
-        return Decisions(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Decisions)))
-
     def overridden(self, later: Decisions) -> Decisions:
         """Return these decisions, with those of `later` in place of them where it has any for a row."""
         order = np.argsort(later.uid)
@@ -184,16 +135,6 @@ class Decisions:
             self.uid,
             *(np.where(found, getattr(new, n), getattr(self, n)) for n in ("keeper", "keeper_name", "similarity")),
         )
-
-    def to_arrow(self) -> pa.RecordBatch:
-        """Return them as an Arrow record batch."""
-        columns = {f.name: _to_arrow(getattr(self, f.name)) for f in fields(Decisions)}
-        return pa.record_batch(list(columns.values()), names=list(columns))
-
-    @staticmethod
-    def from_arrow(batch: pa.RecordBatch) -> Decisions:
-        """Return those of a record batch of :meth:`to_arrow`."""
-        return Decisions(*(_from_arrow(batch[f.name]) for f in fields(Decisions)))
 
 
 @dataclass(frozen=True)
@@ -225,19 +166,19 @@ class Pairs:
 
     def to_arrow(self) -> pa.RecordBatch:
         """Return them as an Arrow record batch."""
-        columns = {"similarity": _to_arrow(self.similarity)}
+        columns = {"similarity": array_to_arrow(self.similarity)}
         for name in ("uid", "keys", "name"):
-            columns |= {f"{name}{s}": _to_arrow(getattr(self, name)[:, s]) for s in (0, 1)}
+            columns |= {f"{name}{s}": array_to_arrow(getattr(self, name)[:, s]) for s in (0, 1)}
         return pa.record_batch(list(columns.values()), names=list(columns))
 
     @staticmethod
     def from_arrow(batch: pa.RecordBatch) -> Pairs:
         """Return those of a record batch of :meth:`to_arrow`."""
         uid, keys, name = (
-            np.stack([_from_arrow(batch[f"{c}0"]), _from_arrow(batch[f"{c}1"])], axis=1)
+            np.stack([array_from_arrow(batch[f"{c}0"]), array_from_arrow(batch[f"{c}1"])], axis=1)
             for c in ("uid", "keys", "name")
         )
-        return Pairs(uid, keys, name, _from_arrow(batch["similarity"]))
+        return Pairs(uid, keys, name, array_from_arrow(batch["similarity"]))
 
 
 def within(rows: Rows, config: DedupConfig, backend: Backend) -> tuple[Rows, Decisions]:

@@ -4,26 +4,34 @@ from imgcurate.stages.aesthetic import ImageAestheticFilterStage, score_aestheti
 from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, Worker
 from imgcurate.stages.deduplication import SemanticDedupStage, semantic_dedup
 from imgcurate.stages.embedding import ImageEmbeddingStage, embed
+from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage, exact_dedup, perceptual_dedup
 from imgcurate.stages.nsfw import ImageNSFWFilterStage, score_nsfw
+from imgcurate.stages.quality import ImageQualityFilterStage, score_quality
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage, write_webdataset
 
 __all__ = [
     "DatasetStage",
+    "ExactDedupStage",
     "FilePartitioningStage",
     "ImageAestheticFilterStage",
     "ImageEmbeddingStage",
     "ImageNSFWFilterStage",
+    "ImageQualityFilterStage",
     "ImageReaderStage",
     "ImageWriterStage",
+    "PerceptualDedupStage",
     "ProcessingStage",
     "Rule",
     "SemanticDedupStage",
     "Stage",
     "Worker",
     "embed",
+    "exact_dedup",
+    "perceptual_dedup",
     "score_aesthetic",
     "score_nsfw",
+    "score_quality",
     "semantic_dedup",
     "write_webdataset",
 ]

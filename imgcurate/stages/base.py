@@ -76,10 +76,11 @@ class Rule:
         return _OPERATORS[self.op](values, self.threshold)
 
     def reason(self, value: float) -> str:
-        """Say why `value` was dropped, such as ``aesthetic_score 0.41 < 0.50``."""
+        """Say why `value` was dropped: ``aesthetic_score 0.41 < 0.50``; whole numbers as such: ``width 96 < 256``."""
         if value != value:
             return f"{self.column} is not a number"
-        for digits in range(2, 9):
+        whole = isinstance(value, int) and self.threshold == round(self.threshold)
+        for digits in [0] if whole else range(2, 9):
             got, limit = f"{value:.{digits}f}", f"{self.threshold:.{digits}f}"
             if got != limit and float(limit) == round(self.threshold, 9):
                 break
@@ -157,6 +158,13 @@ class ProcessingStage(Stage):
 
     Attributes
     ----------
+    views : tuple of PixelView
+        The sizes of the pixels that the stage looks at.
+    facts : tuple of str
+        What the decoder should tell of each image besides, of :data:`imgcurate.facts.FACTS`: columns of
+        ``batch.rows`` with these names, which are the stage's if it declares them in ``adds``.
+    rules : tuple of Rule
+        Thresholds on columns.
     encoder : str or None
         For a stage that adds ``embedding``: a name for the model, so that heads can check it.
 
@@ -175,6 +183,7 @@ class ProcessingStage(Stage):
     """
 
     views: tuple[PixelView, ...] = ()
+    facts: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     encoder: str | None = None
 
@@ -195,6 +204,11 @@ class DatasetStage(Stage):
     The frame that comes out has the same rows in the same partitions, with columns added and
     ``status`` and ``reason`` of dropped rows set.
     """
+
+    @property
+    def revises(self) -> tuple[str, ...]:
+        """Columns of ``adds`` that a stage before may have added: this one carries over what they hold."""
+        return ()
 
     def process_dataset(self, ddf: dd.DataFrame) -> dd.DataFrame:
         """Process the data set."""
@@ -228,7 +242,9 @@ def stage_config(stage: Stage) -> dict[str, Any]:
     kind = type(stage)
     if isinstance(stage, ProcessingStage) and not kind.__module__.startswith("imgcurate."):
         # What a stage of one's own declares may be written in its class, not in its parameters.
-        plain |= {name: _plain(getattr(stage, name)) for name in ("rules", "views", "adds", "needs", "encoder")}
+        plain |= {
+            name: _plain(getattr(stage, name)) for name in ("rules", "views", "facts", "adds", "needs", "encoder")
+        }
     module = "" if kind.__module__.startswith("imgcurate.") else f"{kind.__module__}."
     return {"stage": f"{module}{kind.__qualname__}", **plain}
 

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import dask
 import dask.dataframe as dd
-import numpy as np
 import pyarrow as pa
 from distributed import Client
 
 from imgcurate import schema
-from imgcurate.backend import Backend, get_backend, list_array
+from imgcurate.backend import list_array
 from imgcurate.catalog import Catalog, Manifest, write_parquet
 from imgcurate.dedup.catalog import CatalogDedup
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.exchange import Scratch
 from imgcurate.errors import ConfigError, EncoderMismatchError, InputError
-from imgcurate.execution import Progress, run_on_client
+from imgcurate.execution import Progress
 from imgcurate.stages.base import DatasetStage
-from imgcurate.stages.executor import frame_types
+from imgcurate.stages.dedup_frames import client_runner, decided_frame, dedup_frame
 from imgcurate.storage import join_url, make_folder
 
 __all__ = ["SemanticDedupStage", "semantic_dedup"]
 
-_ADDS = (schema.CLUSTER, schema.DUPLICATE_OF, schema.SIMILARITY)
-_DECIDED = (*_ADDS, schema.DUPLICATE_IN)
+_ADDS = (schema.CLUSTER, schema.DUPLICATE_OF, schema.DUPLICATE_BY, schema.SIMILARITY)
 
 
 @dataclass(frozen=True)
 class SemanticDedupStage(DatasetStage):
     """Remove samples whose embeddings are near that of a sample that stays.
 
-    Adds ``cluster``, and for a sample that goes ``duplicate_of`` (the uid of one that is kept) and
-    ``similarity`` (to it, at least ``1 - eps``); its status is ``duplicate``. Samples that have left
-    already, and those without an embedding, take no part.
+    Adds ``cluster``, and for a sample that goes ``duplicate_of`` (the uid of one that is kept),
+    ``duplicate_by`` (``embedding``) and ``similarity`` (to it, at least ``1 - eps``); its status is
+    ``duplicate``. Samples that have left already, and those without an embedding, take no part; what
+    was a duplicate of a sample that goes becomes one of what that sample goes for.
 
     Attributes
     ----------
@@ -123,6 +117,11 @@ class SemanticDedupStage(DatasetStage):
         return (schema.EMBEDDING, *self.config.keep_order.columns)
 
     @property
+    def revises(self) -> tuple[str, ...]:
+        """All that it adds: other dedup stages may stand before this one."""
+        return tuple(self.adds)
+
+    @property
     def adds(self) -> Mapping[str, str | pa.DataType]:  # type: ignore[override]
         """The columns of decisions."""
         return {name: schema.arrow_type(name) for name in _added(self.reference)}
@@ -147,15 +146,10 @@ class SemanticDedupStage(DatasetStage):
         """Process a catalog, with checkpoints in `scratch_dir`; the way that :class:`Pipeline` takes."""
         references = _references(self.reference, before)
         job = CatalogDedup(before, self.config, scratch_dir, device, references)
-
-        def run_tasks(
-            step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]
-        ) -> dict[int, dict[str, Any]]:
-            return run_on_client(f"dedup: {step}", function, numbers, client=client, progress=progress)
-
+        run_tasks = client_runner(client, progress)
         removed = job.run(run_tasks)
         _save_summary(job, removed, join_url(before.folder, "dedup"))
-        return _decided_frame(job, device, [schema.STATUS, schema.REASON, *_added(self.reference)])
+        return decided_frame(job, run_tasks, device, [schema.STATUS, schema.REASON, *_added(self.reference)])
 
 
 def semantic_dedup(
@@ -186,8 +180,8 @@ def semantic_dedup(
     Returns
     -------
     dask.dataframe.DataFrame
-        The same rows with ``cluster``, ``duplicate_of`` and ``similarity``. Duplicates are still there,
-        with the status ``duplicate``: ``ddf[ddf.status == "ok"]`` leaves them out.
+        The same rows with ``cluster``, ``duplicate_of``, ``duplicate_by`` and ``similarity``. Duplicates are
+        still there, with the status ``duplicate``: ``ddf[ddf.status == "ok"]`` leaves them out.
 
     Raises
     ------
@@ -208,24 +202,13 @@ def semantic_dedup(
 def _dedup_frame(
     ddf: dd.DataFrame, config: DedupConfig, reference: Sequence[str], device: str, scratch_dir: str | None
 ) -> dd.DataFrame:
-    needed = (schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.REASON, schema.EMBEDDING)
-    for column in (*needed, *config.keep_order.columns):
-        if column not in ddf.columns:
-            raise ConfigError(f"semantic_dedup needs the column {column!r}, and the frame has {', '.join(ddf.columns)}")
-    if scratch_dir is None:
-        scratch_dir = tempfile.mkdtemp(prefix="imgcurate-dedup-")
-        atexit.register(shutil.rmtree, scratch_dir, ignore_errors=True)
-    types = {c: t for c, t in frame_types(ddf).items() if c not in _added(reference)}
-    # A folder of its own for each call: what another one left there has other rows or parameters.
-    scratch_dir = join_url(scratch_dir, f"dedup-{uuid.uuid4().hex[:12]}")
-    spooled = Catalog(join_url(scratch_dir, "frame"), ddf.npartitions)
-    spooled.make_folders()
-    out = schema.arrow_schema(types, types)
-    spool = dask.delayed(_spool, pure=False)
-    dask.compute(*(spool(part, i, spooled, out) for i, part in enumerate(ddf[out.names].to_delayed())))
-    job = CatalogDedup(spooled, config, join_url(scratch_dir, "dedup"), device, _references(reference, spooled))
-    job.run(_run_here)
-    return _decided_frame(job, device, [*out.names, *_added(reference)])
+    def make_job(spooled: Catalog, folder: str) -> CatalogDedup:
+        return CatalogDedup(spooled, config, folder, device, _references(reference, spooled))
+
+    return dedup_frame(
+        ddf, make_job, function="semantic_dedup", needs=(schema.EMBEDDING, *config.keep_order.columns),
+        adds=_added(reference), device=device, scratch_dir=scratch_dir,
+    )  # fmt: skip
 
 
 def _added(reference: Sequence[str]) -> tuple[str, ...]:
@@ -276,54 +259,3 @@ def _save_summary(job: CatalogDedup, removed: Mapping[float, int], folder: str) 
         write_parquet(join_url(folder, f"{name}-centroids.parquet"), pa.table({"centroid": list_array(centroids)}))
     curve = [{"eps": eps, "removed": n, "kept": n_rows - n} for eps, n in removed.items()]
     out.write_json(name, {"samples": n_rows, "n_clusters": n_clusters, "eps": job.config.eps, "curve": curve})
-
-
-def _spool(frame: Any, number: int, catalog: Catalog, out: pa.Schema) -> None:
-    backend = Backend("cpu" if type(frame).__module__.startswith("pandas") else "gpu")
-    catalog.write_part(number, backend.frame_to_arrow(frame, out))
-
-
-def _run_here(
-    step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]
-) -> dict[int, dict[str, Any]]:
-    """Run a step on whatever Dask computes on: the current client, or threads."""
-    del step
-    task = dask.delayed(function, pure=False)
-    return dict(zip(numbers, dask.compute(*(task(n) for n in numbers)), strict=True))
-
-
-def _decided_frame(job: CatalogDedup, device: str, columns: Sequence[str]) -> dd.DataFrame:
-    types = {f.name: f.type for f in job.catalog.schema} | {c: schema.arrow_type(c) for c in columns if c in _DECIDED}
-    out = schema.arrow_schema(columns, types)
-    backend = get_backend(device)
-    return dd.from_map(
-        _decided_part, list(range(job.catalog.n_parts)), job=job, out=out, device=backend.name,
-        meta=backend.meta(out), enforce_metadata=False, label="semantic-dedup",
-    )  # fmt: skip
-
-
-def _decided_part(number: int, job: CatalogDedup, out: pa.Schema, device: str) -> Any:
-    table = job.catalog.read(number, [c for c in out.names if c not in _DECIDED])
-    return get_backend(device).frame_from_arrow(_with_decisions(table, job, number, out))
-
-
-def _with_decisions(table: pa.Table, job: CatalogDedup, number: int, out: pa.Schema) -> pa.Table:
-    decided = job.decided(number)
-    goes = decided.goes
-    status = np.where(goes, schema.STATUS_DUPLICATE, table[schema.STATUS].to_numpy(zero_copy_only=False))
-    reason = table[schema.REASON].to_pylist()
-    folders = [job.references[i].folder for i in decided.reference_index]
-    where = np.full(len(goes), None, dtype=object)
-    where[decided.by_reference] = folders
-    for i in np.flatnonzero(goes):
-        name = f"{where[i]}: {decided.keeper_name[i]}" if where[i] else decided.keeper_name[i]
-        reason[i] = f"duplicate of {name}, cosine {decided.similarity[i]:.3f}"
-    columns = {name: table[name] for name in table.column_names} | {
-        schema.STATUS: pa.array(status.astype(object), pa.string()),
-        schema.REASON: pa.array(reason, pa.string()),
-        schema.CLUSTER: pa.array(decided.cluster.astype(np.int32), mask=decided.cluster < 0),
-        schema.DUPLICATE_OF: pa.array(decided.keeper_uid, mask=~goes),
-        schema.DUPLICATE_IN: pa.array(where, pa.string()),
-        schema.SIMILARITY: pa.array(decided.similarity.astype(np.float32), mask=~goes),
-    }
-    return pa.table({name: columns[name] for name in out.names}).cast(out)

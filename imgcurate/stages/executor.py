@@ -104,18 +104,20 @@ class Program:
         views = tuple(dict.fromkeys(view for stage in stages for view in stage.views))
         lists = [f.name for f in table.schema if pa.types.is_list(f.type)]
         rows = worker_frame(table.drop_columns(lists))
-        if self.reader is None or not views:
+        facts = tuple(dict.fromkeys(fact for stage in stages for fact in stage.facts))
+        if self.reader is None or not (views or facts):
             yield from _column_batches(table, rows, stages, worker)
             return
         for positions, decoded in read_pixels(
             table, views, self.reader, worker.backend,
-            num_threads=worker.num_threads, storage_options=self.storage_options, isolated=isolated,
+            num_threads=worker.num_threads, storage_options=self.storage_options, facts=facts, isolated=isolated,
         ):  # fmt: skip
             results.take_decoded(positions, decoded)
             good = positions[decoded.ok]
             if len(good):
                 sizes = {schema.WIDTH: decoded.widths[decoded.ok], schema.HEIGHT: decoded.heights[decoded.ok]}
-                yield good, ImageBatch(rows.iloc[good].assign(**sizes), decoded.images, device=worker.device)
+                known = rows.iloc[good].assign(**sizes, **decoded.facts)
+                yield good, ImageBatch(known, decoded.images, device=worker.device)
 
 
 def _process(stage: ProcessingStage, batch: ImageBatch) -> ImageBatch:
@@ -208,7 +210,7 @@ class _Results:
                 left[valid] = ~np.asarray(rule.keeps(values), dtype=bool)
                 index = np.flatnonzero(left)
                 position_of = np.cumsum(valid) - 1
-                reasons = [rule.reason(float(values[position_of[i]])) for i in index]
+                reasons = [rule.reason(np.asarray(values[position_of[i]]).item()) for i in index]
                 self._drop(index, np.ones(len(index), dtype=bool), reasons, rule.status)
 
     def _drop(self, positions: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], reason: Any, status: str) -> None:
@@ -223,7 +225,9 @@ class _Results:
         if name not in self._gathered:
             parts = self._parts.get(name, [])
             valid = np.zeros(len(self._table), dtype=bool)
-            if name not in self._types:
+            if name in self._sizes:
+                self._gathered[name] = self._sizes[name] > 0, self._sizes[name][self._sizes[name] > 0]
+            elif name not in self._types:
                 column = self._table[name]
                 valid = pc.is_valid(column).to_numpy(zero_copy_only=False)
                 self._gathered[name] = valid, column.drop_null().to_numpy(zero_copy_only=False)

@@ -151,6 +151,7 @@ def read_pixels(
     *,
     num_threads: int,
     storage_options: Mapping[str, Any] | None = None,
+    facts: Sequence[str] = (),
     isolated: bool = False,
 ) -> Iterator[tuple[npt.NDArray[np.int64], Decoded]]:
     """Read and decode the images of a partition, ahead of the caller.
@@ -179,6 +180,7 @@ def read_pixels(
         "max_pixels": reader.max_pixels,
         "max_aspect_ratio": reader.max_aspect_ratio,
         "min_size": reader.min_size,
+        "facts": tuple(facts),
     }
     borrow = IsolatedDecoder if isolated else borrow_decoder
     with borrow(views, backend, **options) as decoder:

@@ -1,0 +1,119 @@
+"""What all dedup stages share: from a frame or a catalog, through a job, to a frame with decisions."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import pyarrow as pa
+from distributed import Client
+
+from imgcurate import schema
+from imgcurate.backend import Backend, get_backend
+from imgcurate.catalog import Catalog
+from imgcurate.dedup.exchange import TaskRunner
+from imgcurate.dedup.verdicts import DedupJob, Ledger
+from imgcurate.errors import ConfigError
+from imgcurate.execution import Progress, run_on_client
+from imgcurate.stages.executor import frame_types
+from imgcurate.storage import join_url
+
+__all__ = ["client_runner", "decided_frame", "dedup_frame", "run_here"]
+
+
+def dedup_frame(
+    ddf: dd.DataFrame,
+    make_job: Callable[[Catalog, str], DedupJob],
+    *,
+    function: str,
+    needs: Sequence[str],
+    adds: Sequence[str],
+    device: str,
+    scratch_dir: str | None,
+) -> dd.DataFrame:
+    """Run a job over a frame.
+
+    Parameters
+    ----------
+    ddf : dask.dataframe.DataFrame
+        The samples; it is computed once and stored in `scratch_dir`.
+    make_job : callable
+        Takes the stored frame and a folder.
+    function : str
+        Who asks, for messages.
+    needs, adds : sequence of str
+        Columns, besides those by which samples are named.
+    device : {"auto", "cpu", "gpu"}
+        Where.
+    scratch_dir : str, optional
+        Folder or fsspec URL that all workers can write to; by default a temporary one of this machine.
+
+    Raises
+    ------
+    ConfigError
+        If a column is missing.
+    """
+    for column in (schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.REASON, *needs):
+        if column not in ddf.columns:
+            raise ConfigError(f"{function} needs the column {column!r}, and the frame has {', '.join(ddf.columns)}")
+    if scratch_dir is None:
+        scratch_dir = tempfile.mkdtemp(prefix="imgcurate-dedup-")
+        atexit.register(shutil.rmtree, scratch_dir, ignore_errors=True)
+    # A folder of its own for each call: what another one left there has other rows or parameters.
+    scratch_dir = join_url(scratch_dir, f"dedup-{uuid.uuid4().hex[:12]}")
+    types = frame_types(ddf)
+    spooled = Catalog(join_url(scratch_dir, "frame"), ddf.npartitions)
+    spooled.make_folders()
+    out = schema.arrow_schema(types, types)
+    spool = dask.delayed(_spool, pure=False)
+    dask.compute(*(spool(part, i, spooled, out) for i, part in enumerate(ddf[out.names].to_delayed())))
+    job = make_job(spooled, join_url(scratch_dir, "dedup"))
+    job.run(run_here)
+    kept = [c for c in out.names if c not in adds]
+    return decided_frame(job, run_here, device, [*kept, *adds])
+
+
+def decided_frame(job: DedupJob, run_tasks: TaskRunner, device: str, columns: Sequence[str]) -> dd.DataFrame:
+    """Return the lazy frame of a job that has run: some columns, a partition per part."""
+    ledger = Ledger(job)
+    ledger.run(run_tasks)
+    types = {f.name: f.type for f in job.catalog.schema}
+    out = schema.arrow_schema(columns, types | {c: schema.arrow_type(c) for c in columns if c in schema.COLUMNS})
+    backend = get_backend(device)
+    return dd.from_map(
+        _decided_part, list(range(job.catalog.n_parts)), ledger=ledger, out=out, device=backend.name,
+        meta=backend.meta(out), enforce_metadata=False, label="dedup",
+    )  # fmt: skip
+
+
+def client_runner(client: Client, progress: Progress | None) -> TaskRunner:
+    """Return what runs the steps of a job on a cluster."""
+
+    def run_tasks(
+        step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]
+    ) -> dict[int, dict[str, Any]]:
+        return run_on_client(f"dedup: {step}", function, numbers, client=client, progress=progress)
+
+    return run_tasks
+
+
+def run_here(step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Run a step on whatever Dask computes on: the current client, or threads."""
+    del step
+    task = dask.delayed(function, pure=False)
+    return dict(zip(numbers, dask.compute(*(task(n) for n in numbers)), strict=True))
+
+
+def _spool(frame: Any, number: int, catalog: Catalog, out: pa.Schema) -> None:
+    backend = Backend("cpu" if type(frame).__module__.startswith("pandas") else "gpu")
+    catalog.write_part(number, backend.frame_to_arrow(frame, out))
+
+
+def _decided_part(number: int, ledger: Ledger, out: pa.Schema, device: str) -> Any:
+    return get_backend(device).frame_from_arrow(ledger.table(number, out.names).cast(out))
