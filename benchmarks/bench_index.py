@@ -1,8 +1,9 @@
-"""How fast a shard is indexed: imgcurate against Python's tarfile and the webdataset library.
+"""How fast a shard is indexed: imgcurate against Python's tarfile, DALI's wds2idx and the webdataset library.
 
 The shard lies on the local disk, its pages are cached, and its samples have three members each: an image of
-random bytes, a caption and a JSON file. tarfile and imgcurate read headers; webdataset reads all bytes, as it
-has no way to list a shard.
+random bytes, a caption and a JSON file. tarfile and imgcurate read headers; wds2idx (of the installed DALI
+wheel) lets GNU tar list the shard twice and writes its index as text, without that program it falls back to
+tarfile; webdataset reads all bytes, as it has no way to list a shard.
 
     python benchmarks/bench_index.py --json index.json
     python benchmarks/bench_index.py --format pax     # an extension header before every member
@@ -17,6 +18,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable
@@ -25,6 +27,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 from harness import Case, argument_parser, compare
+from wds2idx import IndexCreator
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from imgcurate import schema
@@ -52,8 +55,8 @@ def main() -> int:
             args,
             baseline="tarfile",
             parameters={"samples": samples, "image_bytes": args.image_bytes, "format": args.format,
-                        "shard_bytes": path.stat().st_size},
-            packages=["webdataset"],
+                        "shard_bytes": path.stat().st_size, "gnu_tar": shutil.which("tar") is not None},
+            packages=["webdataset", "nvidia-dali-cuda120", "nvidia-dali-cuda130"],
         )  # fmt: skip
 
 
@@ -67,6 +70,7 @@ def cases(path: str, samples: int, format_: str) -> list[Case]:
         Case("scan_tar", lambda: scan(path), lambda found: {"members": len(found.members)}, members),
         Case("index_shard", index, count_index, both, min_ratio=claim),
         Case("index_shard, txt and json", lambda: index(texts=("txt", "json")), count_index, both),
+        Case("wds2idx", lambda: write_index(path), count_lines, both),
         Case("webdataset, all bytes", lambda: read_with_webdataset(path), count_samples, both),
     ]
 
@@ -96,6 +100,14 @@ def scan(path: str) -> TarScan:
         source.close()
 
 
+def write_index(path: str) -> str:
+    """Return the path of the index that DALI's tool writes."""
+    index = f"{path}.idx"
+    with IndexCreator(path, index, verbose=False) as creator:
+        creator.create_index()
+    return index
+
+
 def read_with_webdataset(path: str) -> list[int]:
     """Return the number of members of each sample."""
     with open(path, "rb") as stream:  # noqa: PTH123 - as webdataset opens a shard
@@ -106,6 +118,12 @@ def read_with_webdataset(path: str) -> list[int]:
 def count_index(index: ShardIndex) -> dict[str, int]:
     ok = pc.sum(pc.equal(index.table[schema.STATUS], schema.STATUS_OK)).as_py()
     return {"samples": ok, "members": pc.sum(pc.list_value_length(index.table[schema.MEMBERS])).as_py()}
+
+
+def count_lines(index: str) -> dict[str, int]:
+    """Count in a text of one line per sample: extension, offset, size and name of each member."""
+    lines = Path(index).read_text().splitlines()[1:]
+    return {"samples": len(lines), "members": sum(len(line.split()) // 4 for line in lines)}
 
 
 def count_samples(sizes: list[int]) -> dict[str, int]:

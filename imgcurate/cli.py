@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 
 from imgcurate import schema
-from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.errors import ConfigError, ImgcurateError, printable
 
 __all__ = ["app", "main"]
 
@@ -40,10 +40,13 @@ app = typer.Typer(
 _debug = False
 _MAX_SHARD_ROWS: Final = 50
 _MAX_PROBLEM_ROWS: Final = 20
+_MAX_EXTENSIONS: Final = 30
 _PLAIN_EVERY_S: Final = 10.0
 _MAX_MESSAGE: Final = 2000
 
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Tar shards: paths, URLs, globs, {braces}.")]
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="INPUT...", help="Tars, Parquet, folders: paths, URLs, globs, {braces}.")
+]
 Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of the run.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
@@ -138,6 +141,9 @@ def curate(
     reference: Annotated[
         list[str] | None, typer.Option(help="Finished run whose kept samples stay kept; repeatable.")
     ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Refuse larger images undecoded; 179 Mpx.")] = None,
+    max_aspect_ratio: Annotated[float | None, typer.Option(min=1, help="Refuse more elongated images; 50.")] = None,
+    min_size: Annotated[int | None, typer.Option(min=1, help="Leave out images with a shorter side.")] = None,
     images_per_tar: Annotated[int, typer.Option(min=1, help="Samples per output shard.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     files_per_partition: Annotated[int, typer.Option(min=1, help="Shards per partition.")] = 1,
@@ -168,7 +174,11 @@ def curate(
                 keep_by=keep_by, reference=reference or (),
             )
         )  # fmt: skip
-    pipeline = _pipeline(inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [])
+    limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "min_size": min_size}
+    limits = {k: v for k, v in limits.items() if v is not None}
+    pipeline = _pipeline(
+        inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], **limits
+    )
     result = _run(pipeline, output, device, workers, scheduler, overwrite, quiet)
     typer.echo(result.accounting())
 
@@ -186,9 +196,10 @@ def run(
     """Run a pipeline that a YAML file describes."""
     from imgcurate.config import load_config
 
-    # Stages of one's own are imported from where the command runs, as Python does it.
-    sys.path.insert(0, str(Path.cwd()))
     config = load_config(pipeline)
+    if config.imports_stages:
+        # They are imported from where the command runs, as Python does it; nothing else is.
+        sys.path.insert(0, str(Path.cwd()))
     result = _run(
         config.pipeline(), output, device or config.device, workers or config.workers,
         scheduler or config.scheduler, overwrite, quiet,
@@ -214,15 +225,20 @@ def inspect(
     table = Table("shard", *(c for c in ("samples", "ok", "members", "bytes", "problems")))
     for shard in report.shards[:_MAX_SHARD_ROWS]:
         numbers = (f"{n:,}" for n in (shard.samples, shard.ok, shard.members, shard.nbytes))
-        table.add_row(escape(shard.url), *numbers, ", ".join(f"{n} {kind}" for kind, n in shard.problems.items()))
+        table.add_row(
+            escape(printable(shard.url)), *numbers, ", ".join(f"{n} {kind}" for kind, n in shard.problems.items())
+        )
     console.print(table)
     if len(report.shards) > _MAX_SHARD_ROWS:
         typer.echo(f"... and {len(report.shards) - _MAX_SHARD_ROWS:,} more shards")
     for line in report.details[:_MAX_PROBLEM_ROWS]:
-        typer.echo(line)
+        typer.echo(printable(line))
     if len(report.details) > _MAX_PROBLEM_ROWS:
         typer.echo(f"... and {len(report.details) - _MAX_PROBLEM_ROWS:,} more problems (--json shows all)")
-    typer.echo("members: " + (", ".join(f"{n:,} {ext}" for ext, n in report.extensions.items()) or "none"))
+    members = [f"{n:,} {printable(ext)}" for ext, n in report.extensions.items()]
+    if len(members) > _MAX_EXTENSIONS:
+        members[_MAX_EXTENSIONS:] = [f"and {len(members) - _MAX_EXTENSIONS:,} more extensions"]
+    typer.echo("members: " + (", ".join(members) or "none"))
     typer.echo(report.summary())
 
 
@@ -233,6 +249,7 @@ def _pipeline(
     files_per_partition: int = 1,
     batch_size: int = 32,
     storage_option: Sequence[str] = (),
+    **limits: Any,
 ) -> Any:
     from imgcurate.config import storage_options
     from imgcurate.pipeline import Pipeline
@@ -241,7 +258,7 @@ def _pipeline(
     return Pipeline(
         [
             FilePartitioningStage(inputs, files_per_partition, storage_options(storage_option)),
-            ImageReaderStage(dali_batch_size=batch_size),
+            ImageReaderStage(dali_batch_size=batch_size, **limits),
             *stages,
             ImageWriterStage(images_per_tar=images_per_tar),
         ]
@@ -337,7 +354,7 @@ def _fail(kind: str, message: str, exit_code: int) -> NoReturn:
     """Say in one line why the command ends."""
     if _debug:
         traceback.print_exc()
-    words = " ".join(message.split())
+    words = printable(" ".join(message.split()))
     if len(words) > _MAX_MESSAGE:
         words = f"{words[:_MAX_MESSAGE]} ..."
     typer.echo(f"imgcurate: {kind}: {words}", err=True)

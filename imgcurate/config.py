@@ -100,6 +100,11 @@ class RunConfig(BaseModel):
     workers: int | None = Field(default=None, ge=1)
     scheduler: str | None = None
 
+    @property
+    def imports_stages(self) -> bool:
+        """Whether a stage is named by its import path: then the file decides what code runs."""
+        return any("." in name for entry in self.stages for name in ([entry] if isinstance(entry, str) else entry))
+
     def pipeline(self) -> Pipeline:
         """Return the pipeline that the configuration describes.
 

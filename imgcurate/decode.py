@@ -1,8 +1,17 @@
 """Encoded images -> pixels, through one persistent DALI graph per worker.
 
-The pixel rule, the same on every device: 8-bit sRGB as stored; EXIF orientation applied; gray
-repeated to three channels; 16-bit scaled by 1/257; CMYK converted; alpha composited on white; the
-first frame of an animation. DALI takes the formats that it decodes by this rule, Pillow the others,
+The pixel rule, the same on every device:
+
+- 8-bit sRGB as stored: colour profiles and gamma are not applied, nobody's training does.
+- Gray is repeated to three channels; 1, 2 and 4 bits are scaled to 0..255.
+- 9 to 16 bits are scaled so that the largest level is 255 (16 bits: by 1/257) and rounded.
+- 32-bit integers and floats are reported, as nothing says which level is white.
+- Alpha, also that of a palette or a transparent colour, is composited on white.
+- CMYK is (255 - C)(255 - K) / 255; in JPEG inverted, as Adobe writes it and browsers read it.
+- EXIF orientation is applied (and that of TIFF, AVIF and HEIC), orientation in XMP is not.
+- The first frame of an animation, the first page of a TIFF, the largest picture of an ICO.
+
+DALI takes the formats that it decodes by this rule, :mod:`imgcurate.pillow` the others one by one,
 and both end in the same resize operators.
 """
 
@@ -11,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,23 +28,24 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 
+from imgcurate import schema
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
 from imgcurate.errors import ImgcurateError
-from imgcurate.probe import open_with_pillow, probe
+from imgcurate.pillow import UndecodableError, decode_with_pillow
+from imgcurate.probe import probe
 
 __all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder"]
 
 MAX_PIXELS: Final = 178_956_970
+"""Default limit of width x height, that of Pillow: 512 MiB of RGB."""
+
 MAX_ASPECT_RATIO: Final = 50.0
 _MAX_GROUP_PIXELS: Final = 100_000_000
-"""Default limit of width x height, that of Pillow: 512 MiB of RGB."""
 
 _MAX_BATCH_RETRIES: Final = 4
 _BAD_SAMPLE: Final = re.compile(r"sample #(\d+)")
-_16_BIT_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,8 @@ class Decoded:
         Why an image did not decode; ``""`` if it did.
     widths, heights : ndarray of int32 of shape (n,)
         Pixels, orientation applied; of an undecoded image as its header says, or 0.
+    statuses : list of n str
+        The status of each row: ``ok``, ``decode_error``, ``too_small`` or ``decoder_crash``.
     """
 
     ok: npt.NDArray[np.bool_]
@@ -60,6 +71,7 @@ class Decoded:
     reasons: list[str]
     widths: npt.NDArray[np.int32]
     heights: npt.NDArray[np.int32]
+    statuses: list[str]
 
 
 class Decoder:
@@ -79,6 +91,8 @@ class Decoder:
         Images with more pixels are refused before they are decoded.
     max_aspect_ratio : float
         So are images whose longer side is more than so many times the shorter one.
+    min_size : int
+        Images whose shorter side has fewer pixels are not decoded: they are ``too_small``.
 
     Notes
     -----
@@ -94,12 +108,14 @@ class Decoder:
         num_threads: int,
         max_pixels: int = MAX_PIXELS,
         max_aspect_ratio: float = MAX_ASPECT_RATIO,
+        min_size: int = 1,
     ) -> None:
         self.views = tuple(views)
         self.backend = backend
         self.batch_size = batch_size
         self.max_pixels = max_pixels
         self.max_aspect_ratio = max_aspect_ratio
+        self.min_size = min_size
         self._num_threads = num_threads
         self._from_bytes = self._build(decode=True)
         self._from_pixels: Any = None
@@ -110,15 +126,20 @@ class Decoder:
         A broken image never raises: it is left out of the pixels and its reason is told.
         """
         n = len(blobs)
-        reasons = [""] * n
+        reasons, statuses = [""] * n, [schema.STATUS_OK] * n
         widths, heights = np.zeros(n, np.int32), np.zeros(n, np.int32)
         by_dali: list[int] = []
         by_pillow: list[int] = []
         for i, blob in enumerate(blobs):
-            found = probe(blob, max_pixels=self.max_pixels, max_aspect_ratio=self.max_aspect_ratio)
+            found = probe(
+                blob,
+                max_pixels=self.max_pixels,
+                max_aspect_ratio=self.max_aspect_ratio,
+                min_size=self.min_size,
+            )
             widths[i], heights[i] = _int32(found.width), _int32(found.height)
             if found.route == "none":
-                reasons[i] = found.reason
+                reasons[i], statuses[i] = found.reason, found.status
             else:
                 (by_dali if found.route == "dali" else by_pillow).append(i)
         parts = []
@@ -128,11 +149,11 @@ class Decoder:
             try:
                 pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
                 images, sizes = self._run(self._pixel_graph(), [pixels])
-            except (_UndecodableError, RuntimeError) as exc:
-                reasons[i] = str(exc).strip().splitlines()[0] if str(exc) else type(exc).__name__
+            except (UndecodableError, RuntimeError) as exc:
+                reasons[i], statuses[i] = _reason(exc), schema.STATUS_DECODE_ERROR
                 continue
             parts.append(([i], images, sizes))
-        return self._assemble(n, parts, reasons, widths, heights)
+        return self._assemble(parts, reasons, widths, heights, statuses)
 
     def _decode_with_dali(
         self, blobs: Sequence[bytes], todo: Sequence[int], rejected: list[int]
@@ -178,13 +199,13 @@ class Decoder:
 
     def _assemble(
         self,
-        n: int,
         parts: Sequence[tuple[list[int], list[torch.Tensor], npt.NDArray[np.int64]]],
         reasons: list[str],
         widths: npt.NDArray[np.int32],
         heights: npt.NDArray[np.int32],
+        statuses: list[str],
     ) -> Decoded:
-        ok = np.zeros(n, dtype=bool)
+        ok = np.zeros(len(reasons), dtype=bool)
         order: list[int] = []
         for indices, _, sizes in parts:
             ok[indices] = True
@@ -201,7 +222,7 @@ class Decoder:
             else:
                 stacked = torch.cat([images_[v] for _, images_, _ in parts])
                 images[view] = stacked[torch.from_numpy(np.argsort(order)).to(stacked.device)]
-        return Decoded(ok, images, reasons, widths, heights)
+        return Decoded(ok, images, reasons, widths, heights, statuses)
 
     def _pixel_graph(self) -> Any:
         if self._from_pixels is None:
@@ -276,60 +297,8 @@ def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64]) -> Iterator[lis
         yield group
 
 
-class _UndecodableError(Exception):
-    """An image that Pillow cannot decode; the message is the row's reason."""
-
-
-_pillow_lock = threading.Lock()
-
-
-def decode_with_pillow(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """Decode one image by the pixel rule.
-
-    Returns
-    -------
-    ndarray of shape (height, width, 3)
-        uint8 RGB, 0-255.
-    """
-    # Warning filters belong to the process: one thread at a time may change them.
-    with _pillow_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        format_ = ""
-        try:
-            with open_with_pillow(data) as image:
-                format_ = image.format or ""
-                if image.width * image.height > max_pixels:
-                    raise _UndecodableError(f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
-                image.load()
-                pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
-        except _UndecodableError:
-            raise
-        except Exception as exc:
-            raise _UndecodableError(_reason(exc, format_ or probe(data).format)) from exc
-    if 0 in pixels.shape:
-        raise _UndecodableError(f"an image of {pixels.shape[1]}x{pixels.shape[0]} pixels")
-    return np.ascontiguousarray(pixels)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _16_BIT_MODES:
-        gray = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise _UndecodableError(f"unsupported pixel type: 32-bit {'integer' if image.mode == 'I' else 'float'}")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _reason(exc: Exception, format_: str) -> str:
-    text = str(exc) or type(exc).__name__
-    lowered = text.lower()
-    if any(word in lowered for word in ("truncated", "not enough image data", "unexpected end", "broken data stream")):
-        return f"truncated {format_ or 'image'}: {text}"
-    return f"damaged {format_ or 'image'}: {text}"
+def _reason(exc: Exception) -> str:
+    return str(exc) if isinstance(exc, UndecodableError) else "the image decodes and cannot be resized"
 
 
 def _int32(value: int) -> int:
@@ -349,16 +318,17 @@ def borrow_decoder(
     num_threads: int,
     max_pixels: int = MAX_PIXELS,
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
+    min_size: int = 1,
 ) -> Iterator[Decoder]:
     """Borrow a decoder from this process's pool; graphs are built once and used for every partition."""
-    limits = (max_pixels, max_aspect_ratio)
+    limits = (max_pixels, max_aspect_ratio, min_size)
     key = (tuple(views), backend, batch_size, num_threads, limits)
     with _idle_lock:
         decoder = _idle[key].pop() if _idle[key] else None
     if decoder is None:
         decoder = Decoder(
             views, backend, batch_size=batch_size, num_threads=num_threads,
-            max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio,
+            max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, min_size=min_size,
         )  # fmt: skip
     try:
         yield decoder

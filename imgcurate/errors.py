@@ -27,7 +27,13 @@ __all__ = [
     "InputError",
     "TarError",
     "WeightsError",
+    "printable",
 ]
+
+
+def printable(text: str) -> str:
+    r"""Return text of strangers for a message: what a terminal would obey, not show, becomes an escape (``\x1b``)."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class ImgcurateError(Exception):

@@ -8,8 +8,8 @@ key ``<key>_<uid>`` in new headers, and the sidecar's ``source_key`` tells the o
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcurate import schema
+from imgcurate.archives import Archives
 from imgcurate.catalog import Catalog, write_parquet
 from imgcurate.errors import ImgcurateError
-from imgcurate.storage import Source, StorageOptions, atomic_write, join_url, open_source
+from imgcurate.folders import copy_files
+from imgcurate.storage import Source, StorageOptions, atomic_write, join_url
 from imgcurate.tar import BLOCK, end_of_archive, padding, scan_tar, tar_header
 
 __all__ = ["SOURCE_KEY", "OutputShard", "kept_counts", "plan_shards", "shard_name", "write_shard"]
@@ -28,11 +30,10 @@ SOURCE_KEY: Final = "source_key"
 _COPY_BYTES: Final = 8 * 1024 * 1024
 _INTERNAL: Final = frozenset(
     {
-        schema.SPANS, schema.OFFSET, schema.STATUS, schema.REASON,
+        schema.SPANS, schema.FILES, schema.OFFSET, schema.STATUS, schema.REASON,
         schema.DUPLICATE_OF, schema.DUPLICATE_IN, schema.SIMILARITY,
     }
 )  # fmt: skip
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,30 +184,37 @@ def _sidecar(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
 
 def _copy_samples(rows: pa.Table, keys: Sequence[str], out: IO[bytes], read_options: StorageOptions | None) -> int:
     position = 0
-    pending: tuple[str, int, int] | None = None
-    with _Sources(read_options) as sources:
-        for url, key, source_key, spans in zip(
-            rows[schema.SHARD].to_pylist(), keys, rows[schema.KEY].to_pylist(), rows[schema.SPANS].to_pylist(),
-            strict=True,
-        ):  # fmt: skip
-            if key != source_key:
-                if pending:
-                    position += _copy(sources(pending[0]), pending[1], pending[2], out)
-                    pending = None
-                position += _copy_renamed(sources(url), spans, key, out)
+    columns = (schema.SHARD, schema.KEY, schema.SPANS, schema.FILES)
+    samples = zip(keys, *(rows[c].to_pylist() for c in columns), strict=True)
+    with Archives(read_options) as archives:
+        for (url, is_plain), group in itertools.groupby(samples, key=lambda s: (s[1], s[0] == s[2] and s[4] is None)):
+            if is_plain:
+                for start, stop in _joined(itertools.chain.from_iterable(spans for *_, spans, _ in group)):
+                    position += _copy(archives(url), start, stop, out)
                 continue
-            for start, length in zip(spans[::2], spans[1::2], strict=True):
-                if pending and pending[0] == url and pending[2] == start:
-                    pending = (url, pending[1], start + length)
-                    continue
-                if pending:
-                    position += _copy(sources(pending[0]), pending[1], pending[2], out)
-                pending = (url, start, start + length)
-        if pending:
-            position += _copy(sources(pending[0]), pending[1], pending[2], out)
+            for key, _, source_key, spans, files in group:
+                new_key = key if key != source_key else None
+                if files is not None:
+                    position += copy_files(url, files, spans, new_key, out, read_options)
+                else:
+                    position += _copy_renamed(archives(url), spans, key, out)
     end = end_of_archive(position)
     out.write(end)
     return position + len(end)
+
+
+def _joined(spans: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Return spans (start, length, ...) as (start, stop), neighbours joined."""
+    numbers = iter(spans)
+    first = last = -1
+    for start, length in zip(numbers, numbers, strict=True):
+        if start != last:
+            if last >= 0:
+                yield first, last
+            first = start
+        last = start + length
+    if last >= 0:
+        yield first, last
 
 
 def _copy(source: Source, start: int, stop: int, out: IO[bytes]) -> int:
@@ -215,7 +223,7 @@ def _copy(source: Source, start: int, stop: int, out: IO[bytes]) -> int:
         block = source.pread(position, min(_COPY_BYTES, stop - position))
         if not block:
             raise ImgcurateError(
-                f"{source.url} ends at byte {source.size}, before {stop}: it changed since it was indexed"
+                f"{source.url} ends at byte {position:,}, before {stop:,}: it changed since it was indexed"
             )
         out.write(block)
         position += len(block)
@@ -246,8 +254,16 @@ class _SpanSource:
         self._source = source
         self._spans = list(zip(spans[::2], spans[1::2], strict=True))
         self.size = sum(spans[1::2])
+        # Of an archive that is read forward, going back to a header would begin all anew.
+        self._whole = self._read(0, self.size) if self.size <= _COPY_BYTES else None
 
     def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, fewer only where the sample ends."""
+        if self._whole is not None:
+            return self._whole[offset : offset + length]
+        return self._read(offset, length)
+
+    def _read(self, offset: int, length: int) -> bytes:
         blocks = []
         for start, n in self._spans:
             if offset < n and length > 0:
@@ -258,24 +274,3 @@ class _SpanSource:
 
     def close(self) -> None:
         """Do nothing: the source belongs to the caller."""
-
-
-class _Sources:
-    """The input shards that are open while an output shard is written: at most a few at a time."""
-
-    def __init__(self, read_options: StorageOptions | None, limit: int = 8) -> None:
-        self._options, self._limit, self._open = read_options, limit, dict[str, Source]()
-
-    def __enter__(self) -> Callable[[str], Source]:
-        return self._get
-
-    def __exit__(self, *exc: object) -> None:
-        for source in self._open.values():
-            source.close()
-
-    def _get(self, url: str) -> Source:
-        if url not in self._open:
-            if len(self._open) >= self._limit:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[url] = open_source(url, self._options)
-        return self._open[url]

@@ -12,13 +12,15 @@ import pyarrow as pa
 from imgcurate import schema
 from imgcurate.backend import get_backend
 from imgcurate.errors import ConfigError
-from imgcurate.shards import index_shard
-from imgcurate.storage import expand_urls, read_ahead
+from imgcurate.inputs import find_shards
+from imgcurate.shards import Shard, index_shard
+from imgcurate.sidecars import NO_SIDECARS, SidecarColumns, Sidecars, find_sidecars
+from imgcurate.storage import read_ahead
 
 __all__ = ["ShardGroup", "group_shards", "index_schema", "read_group", "read_webdataset"]
 
-ShardGroup = tuple[tuple[int, str], ...]
-"""The shards of one partition: (shard number in the sorted list of inputs, URL) each."""
+ShardGroup = tuple[tuple[int, Shard], ...]
+"""The shards of one partition: (number in the sorted list of inputs, shard) each."""
 
 
 def read_webdataset(
@@ -26,19 +28,24 @@ def read_webdataset(
     *,
     files_per_partition: int = 1,
     text_columns: Sequence[str] = (),
+    sidecar_columns: SidecarColumns = "auto",
     device: str = "auto",
     storage_options: Mapping[str, Any] | None = None,
 ) -> dd.DataFrame:
-    """Read the index of WebDataset shards as a lazy Dask DataFrame.
+    """Read the index of shards, tables of images and folders as a lazy Dask DataFrame.
 
     Parameters
     ----------
     urls : str or sequence of str
-        Paths or fsspec URLs of tar shards; braces (``{00000..00099}``) and globs expand.
+        Paths or fsspec URLs of tars, Parquet or Arrow files with a column of images, folders of either or
+        of images; braces (``{00000..00099}``) and globs expand. See :mod:`imgcurate.inputs`.
     files_per_partition : int
         Shards per partition.
     text_columns : sequence of str
         Members to have as string columns, by extension: ``("txt", "json")``.
+    sidecar_columns : "auto" or sequence of str
+        Columns of the Parquet files beside tars, as img2dataset writes them, to join by key: ``("url",
+        "caption")``. ``"auto"`` takes all if the first shards have one. See :mod:`imgcurate.sidecars`.
     device : {"auto", "cpu", "gpu"}
         Whether partitions are cudf or pandas frames.
     storage_options : mapping, optional
@@ -47,28 +54,34 @@ def read_webdataset(
     Returns
     -------
     dask.dataframe.DataFrame
-        The columns of :data:`imgcurate.schema.INDEX_COLUMNS` and the text columns. A sample without
+        The columns of :data:`imgcurate.schema.INDEX_COLUMNS`, of texts and of sidecars. A sample without
         an image, or damaged with its tar, has a row too, with ``status`` and ``reason``.
 
     Raises
     ------
     InputError
-        If a pattern matches nothing.
+        If a pattern matches nothing, or names something of an unknown kind.
 
     Notes
     -----
-    Stays lazy: not even a tar header is read before the frame is computed.
+    Stays lazy: not even a tar header is read before the frame is computed, but for the columns of tables
+    and sidecars.
     """
     if files_per_partition < 1:
         raise ConfigError(f"files_per_partition={files_per_partition} should be >= 1")
-    groups = group_shards(expand_urls(urls, storage_options), files_per_partition)
-    return frame_of_groups(groups, text_columns=text_columns, device=device, storage_options=storage_options)
+    shards = find_shards(urls, storage_options)
+    sidecars = find_sidecars(shards, sidecar_columns, storage_options, taken=text_columns)
+    groups = group_shards(shards, files_per_partition)
+    return frame_of_groups(
+        groups, text_columns=text_columns, sidecars=sidecars, device=device, storage_options=storage_options
+    )
 
 
 def frame_of_groups(
     groups: Sequence[ShardGroup],
     *,
     text_columns: Sequence[str] = (),
+    sidecars: Sidecars = NO_SIDECARS,
     device: str = "auto",
     storage_options: Mapping[str, Any] | None = None,
 ) -> dd.DataFrame:
@@ -78,28 +91,32 @@ def frame_of_groups(
         _read_frame,
         list(groups),
         text_columns=tuple(text_columns),
+        sidecars=sidecars,
         device=backend.name,
         storage_options=storage_options,
-        meta=backend.meta(index_schema(text_columns)),
+        meta=backend.meta(index_schema(text_columns, sidecars)),
         enforce_metadata=False,
         label="read-webdataset",
     )
 
 
-def group_shards(urls: Sequence[str], files_per_partition: int) -> list[ShardGroup]:
+def group_shards(shards: Sequence[Shard], files_per_partition: int) -> list[ShardGroup]:
     """Return the shards, numbered, in groups of one partition each, in order."""
-    numbered = list(enumerate(urls))
+    numbered = list(enumerate(shards))
     return [tuple(numbered[i : i + files_per_partition]) for i in range(0, len(numbered), files_per_partition)]
 
 
-def index_schema(text_columns: Sequence[str] = ()) -> pa.Schema:
+def index_schema(text_columns: Sequence[str] = (), sidecars: Sidecars = NO_SIDECARS) -> pa.Schema:
     """Return the Arrow schema of the index frame."""
-    extra = dict.fromkeys(text_columns, pa.string())
-    return schema.arrow_schema([*schema.INDEX_COLUMNS, *text_columns], extra)
+    extra = dict.fromkeys(text_columns, pa.string()) | sidecars.types
+    return schema.arrow_schema([*schema.INDEX_COLUMNS, *extra], extra)
 
 
 def read_group(
-    group: ShardGroup, text_columns: Sequence[str] = (), storage_options: Mapping[str, Any] | None = None
+    group: ShardGroup,
+    text_columns: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+    sidecars: Sidecars = NO_SIDECARS,
 ) -> pa.Table:
     """Index the shards of one partition.
 
@@ -108,16 +125,22 @@ def read_group(
     pa.Table
         One row per sample, in the order of the shards and of the samples in them.
     """
-    out = index_schema(text_columns)
+    out = index_schema(text_columns, sidecars)
     tables = []
-    for position, (number, url) in enumerate(group):
+    for position, (number, shard) in enumerate(group):
         for _, following in group[position + 1 : position + 2]:
-            read_ahead(following, storage_options)
-        tables.append(index_shard(url, number, storage_options=storage_options, texts=tuple(text_columns)).table)
+            if not following.files:
+                read_ahead(following.url, storage_options)
+        index = index_shard(shard, number, storage_options=storage_options, texts=tuple(text_columns))
+        tables.append(sidecars.join(index.table, shard, storage_options))
     return pa.concat_tables([t.select(out.names).cast(out) for t in tables]).combine_chunks()
 
 
 def _read_frame(
-    group: ShardGroup, text_columns: Sequence[str], device: str, storage_options: Mapping[str, Any] | None
+    group: ShardGroup,
+    text_columns: Sequence[str],
+    sidecars: Sidecars,
+    device: str,
+    storage_options: Mapping[str, Any] | None,
 ) -> Any:
-    return get_backend(device).frame_from_arrow(read_group(group, text_columns, storage_options))
+    return get_backend(device).frame_from_arrow(read_group(group, text_columns, storage_options, sidecars))

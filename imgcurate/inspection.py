@@ -11,8 +11,8 @@ from typing import Any, Final
 import pyarrow.compute as pc
 
 from imgcurate import schema
-from imgcurate.shards import index_shard
-from imgcurate.storage import expand_urls, file_size
+from imgcurate.inputs import describe_shards, find_shards
+from imgcurate.shards import Shard, index_shard
 
 __all__ = ["Inspection", "ShardInspection", "inspect_shards"]
 
@@ -26,7 +26,7 @@ class ShardInspection:
     Attributes
     ----------
     url : str
-        The shard.
+        The shard; of files of a folder the folder, and which.
     samples, ok, members : int
         Samples; those with an image and without damage; members that belong to a sample.
     nbytes : int
@@ -35,6 +35,8 @@ class ShardInspection:
         Members by extension.
     problems : dict of str to int
         Problems by kind.
+    details : list of str
+        One line per problem: shard, byte offset, kind, words.
     """
 
     url: str
@@ -68,6 +70,14 @@ class Inspection:
         return dict(total.most_common())
 
     @property
+    def problems(self) -> dict[str, int]:
+        """Problems by kind, most frequent first."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.problems)
+        return dict(total.most_common())
+
+    @property
     def details(self) -> list[str]:
         """One line per problem: shard, byte offset, kind, words."""
         return [line for shard in self.shards for line in shard.details]
@@ -90,6 +100,7 @@ class Inspection:
             "members": sum(s.members for s in self.shards),
             "nbytes": sum(s.nbytes for s in self.shards),
             "extensions": self.extensions,
+            "problems": self.problems,
         }
 
 
@@ -99,7 +110,7 @@ def inspect_shards(inputs: str | Sequence[str], *, storage_options: Mapping[str,
     Parameters
     ----------
     inputs : str or sequence of str
-        Paths, fsspec URLs or patterns of tar shards.
+        Paths, fsspec URLs or patterns of tars, tables and folders; see :mod:`imgcurate.inputs`.
     storage_options : mapping, optional
         Passed to fsspec.
 
@@ -108,16 +119,16 @@ def inspect_shards(inputs: str | Sequence[str], *, storage_options: Mapping[str,
     InputError
         If an input does not exist.
     """
-    urls = expand_urls(inputs, storage_options)
-    for url in urls:
-        file_size(url, storage_options)
+    shards = find_shards(inputs, storage_options)
+    describe_shards(shards, storage_options)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda item: _inspect(item[1], item[0], storage_options), enumerate(urls))
+        found = pool.map(lambda item: _inspect(item[1], item[0], storage_options), enumerate(shards))
         return Inspection(list(found))
 
 
-def _inspect(url: str, number: int, storage_options: Mapping[str, Any] | None) -> ShardInspection:
-    index = index_shard(url, number, storage_options=storage_options)
+def _inspect(shard: Shard, number: int, storage_options: Mapping[str, Any] | None) -> ShardInspection:
+    index = index_shard(shard, number, storage_options=storage_options)
+    url = f"{shard.url}/{shard.files[0]} ..." if shard.files else shard.url
     extensions = Counter(index.table[schema.MEMBERS].combine_chunks().flatten().to_pylist())
     return ShardInspection(
         url=url,

@@ -62,7 +62,7 @@ class Plan:
     writer : ImageWriterStage or None
         What is written at the end.
     types : dict of str to pa.DataType
-        Arrow types of all columns of the catalog.
+        Arrow types of all columns of the catalog, but for those of sidecars.
     """
 
     source: FilePartitioningStage

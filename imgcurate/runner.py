@@ -8,7 +8,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any, Final
 
@@ -24,19 +23,19 @@ from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, InputErr
 from imgcurate.execution import RESULT_META, Progress, call_frame, number_frame, result_frame, run_waves
 from imgcurate.export import OutputShard, kept_counts, plan_shards, shard_name, write_shard
 from imgcurate.frame import ShardGroup, frame_of_groups, group_shards
+from imgcurate.inputs import describe_shards
 from imgcurate.plan import Phase, Plan
 from imgcurate.results import Result
+from imgcurate.shards import Shard
 from imgcurate.stages.base import DatasetStage, Stage, columns_added, stage_config
 from imgcurate.stages.executor import apply_stages
 from imgcurate.storage import (
     exclusive,
-    expand_urls,
     file_size,
     free_bytes,
     join_url,
     list_files,
     make_folder,
-    modified,
     remove_temporary_files,
     remove_tree,
 )
@@ -49,7 +48,6 @@ _NOT_IN_FINGERPRINT: Final = frozenset(
 )
 _PACKAGES: Final = ("torch", "open_clip_torch", "pillow", "numpy", "scikit-learn")
 _MIN_FREE_BYTES: Final = 64 * 1024**2
-_STAT_THREADS: Final = 16
 logger = logging.getLogger(__name__)
 
 
@@ -62,8 +60,10 @@ class Run:
     def __init__(self, plan: Plan, stages: Sequence[Stage], folder: str, progress: Progress | None) -> None:
         self.plan, self.stages, self.folder, self.progress = plan, stages, folder, progress
         self.options = plan.source.storage_options
-        self.urls = _without_output(expand_urls(plan.source.file_paths, self.options), folder)
-        self.groups = group_shards(self.urls, plan.source.files_per_partition)
+        shards, self.sidecars = plan.source.find(taken=plan.types)
+        self.shards = _without_output(shards, folder)
+        self.groups = group_shards(self.shards, plan.source.files_per_partition)
+        self.types = plan.types | self.sidecars.types
         self.timings_s: dict[str, float] = {}
 
     def finished(self, *, overwrite: bool) -> Result | None:
@@ -108,7 +108,7 @@ class Run:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        inputs = self._inputs()
+        inputs = describe_shards(self.shards, self.options)
         stages = [{**stage_config(s), **s.fingerprint()} for s in self.stages]
         stages = [{k: v for k, v in s.items() if k not in _NOT_IN_FINGERPRINT} for s in stages]
         versions = {p: importlib.metadata.version(p) for p in _PACKAGES}
@@ -117,21 +117,13 @@ class Run:
             "device": self.device,
             "stages": stages,
             "versions": versions,
+            "sidecars": [[source, name, str(type_)] for source, name, type_ in self.sidecars.columns],
             "inputs": inputs,
         }
 
-    def _inputs(self) -> list[dict[str, Any]]:
-        """Return what the input shards are: URL, size and state of each."""
-
-        def describe(url: str) -> dict[str, Any]:
-            return {"url": url, "nbytes": file_size(url, self.options), "modified": modified(url, self.options)}
-
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:
-            return list(pool.map(describe, self.urls))
-
     def _check_inputs(self, manifest: Manifest) -> None:
         """Refuse to call a run done whose inputs changed under it: it may hold some of both states."""
-        for before, now in zip(manifest.config["inputs"], self._inputs(), strict=True):
+        for before, now in zip(manifest.config["inputs"], describe_shards(self.shards, self.options), strict=True):
             if before != now:
                 raise ImgcurateError(
                     f"{now['url']} changed while the run was going on, so its output cannot be relied on: "
@@ -193,17 +185,18 @@ class Run:
         reader = self.plan.reader
         groups: list[ShardGroup] = [self.groups[n] for n in numbers]
         ddf = frame_of_groups(
-            groups, text_columns=reader.text_columns, device=self.device, storage_options=self.options
-        )
+            groups, text_columns=reader.text_columns, sidecars=self.sidecars, device=self.device,
+            storage_options=self.options,
+        )  # fmt: skip
         stages = self.plan.phases[0].batch_stages
         if stages:
             ddf = apply_stages(ddf, stages, reader=reader, device=self.device, storage_options=self.options)
-        return _written(ddf, numbers, catalog, schema.arrow_schema(ddf.columns, self.plan.types), delta=False)
+        return _written(ddf, numbers, catalog, schema.arrow_schema(ddf.columns, self.types), delta=False)
 
     def _later_phase(self, phase: Phase, before: Catalog, after: Catalog) -> Callable[[list[int]], dd.DataFrame]:
         """Return what builds the frame of a later phase for some partitions."""
         columns = [schema.STATUS, schema.REASON, *(c for s in phase.stages for c in columns_added(s))]
-        out = schema.arrow_schema(columns, self.plan.types)
+        out = schema.arrow_schema(columns, self.types)
         if phase.is_dataset:
             stage = phase.stages[0]
             assert isinstance(stage, DatasetStage)  # noqa: S101 - Phase.is_dataset says so
@@ -325,14 +318,14 @@ def _merge_part(number: int, catalog: Catalog) -> dict[str, Any]:
     return {}
 
 
-def _without_output(urls: list[str], folder: str) -> list[str]:
+def _without_output(shards: list[Shard], folder: str) -> list[Shard]:
     """Return the inputs but for those that a pattern found in the output folder itself."""
-    inside = [url for url in urls if url.startswith(folder.rstrip("/") + "/")]
-    if len(inside) == len(urls):
+    inside = [s.url for s in shards if f"{s.url}/".startswith(folder.rstrip("/") + "/")]
+    if len(inside) == len(shards):
         raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
     if inside:
         logger.warning("%d inputs lie in the output folder and are left out: %s ...", len(inside), inside[0])
-    return [url for url in urls if url not in set(inside)]
+    return [s for s in shards if s.url not in set(inside)]
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "EMBEDDING",
     "ENCODER",
     "EXT",
+    "FILES",
     "HEIGHT",
     "INDEX_COLUMNS",
     "KEY",
@@ -40,12 +41,15 @@ __all__ = [
     "SPANS",
     "STATUS",
     "STATUS_AESTHETIC",
+    "STATUS_DECODER_CRASH",
     "STATUS_DECODE_ERROR",
     "STATUS_DUPLICATE",
     "STATUS_NO_IMAGE",
     "STATUS_NSFW",
     "STATUS_OK",
+    "STATUS_READ_ERROR",
     "STATUS_TAR_ERROR",
+    "STATUS_TOO_SMALL",
     "UID",
     "UID_SHARD_BITS",
     "WIDTH",
@@ -63,6 +67,7 @@ SHARD: Final = "shard"
 KEY: Final = "key"
 EXT: Final = "ext"
 MEMBERS: Final = "members"
+FILES: Final = "files"
 SPANS: Final = "spans"
 OFFSET: Final = "offset"
 NBYTES: Final = "nbytes"
@@ -83,7 +88,10 @@ ENCODER: Final = "encoder"
 STATUS_OK: Final = "ok"
 STATUS_TAR_ERROR: Final = "tar_error"
 STATUS_NO_IMAGE: Final = "no_image"
+STATUS_READ_ERROR: Final = "read_error"
 STATUS_DECODE_ERROR: Final = "decode_error"
+STATUS_DECODER_CRASH: Final = "decoder_crash"
+STATUS_TOO_SMALL: Final = "too_small"
 STATUS_AESTHETIC: Final = "aesthetic"
 STATUS_NSFW: Final = "nsfw"
 STATUS_DUPLICATE: Final = "duplicate"
@@ -118,7 +126,10 @@ COLUMNS: Final[Mapping[str, Column]] = {
         Column(KEY, pa.string(), "WebDataset __key__: member path up to the first dot of its base name"),
         Column(EXT, pa.string(), "extension of the image member, lower case, without the leading dot"),
         Column(MEMBERS, pa.list_(pa.string()), "extensions of all members, in the order of the tar"),
-        Column(SPANS, pa.list_(pa.int64()), "byte spans of the sample in its shard: start, length, start, ..."),
+        Column(FILES, pa.list_(pa.string()), "files of the sample, image first, if the shard is a folder; else null"),
+        Column(
+            SPANS, pa.list_(pa.int64()), "byte spans of the sample in its shard, or files: start, length, start, ..."
+        ),
         Column(OFFSET, pa.int64(), "byte offset of the image member's data in its shard; -1 without an image"),
         Column(NBYTES, pa.int64(), "bytes of the image member as stored"),
         Column(WIDTH, pa.int32(), "pixels, EXIF orientation applied; 0 if unknown"),
@@ -138,7 +149,7 @@ COLUMNS: Final[Mapping[str, Column]] = {
 }
 
 INDEX_COLUMNS: Final = (
-    UID, SHARD, KEY, EXT, MEMBERS, SPANS, OFFSET, NBYTES, WIDTH, HEIGHT, STATUS, REASON,
+    UID, SHARD, KEY, EXT, MEMBERS, FILES, SPANS, OFFSET, NBYTES, WIDTH, HEIGHT, STATUS, REASON,
 )  # fmt: skip
 CATALOG_ORDER: Final = tuple(COLUMNS)
 

@@ -1,24 +1,29 @@
-r"""Tar shards -> the index of their samples: key, members, byte offsets. No pixel is decoded here.
+r"""Shards -> the index of their samples: key, members, byte offsets. No pixel is decoded here.
 
 The rules, after WebDataset's, and what becomes of what they leave open:
 
 - A member's *key* is its path up to the first dot of its base name; the rest is its extension, lower
   case: ``a/b.seg.png`` is the member ``seg.png`` of the sample ``a/b``. Keys are never changed, only
-  bytes that are not UTF-8 are shown as ``\xff``.
+  bytes that are not UTF-8 are shown as ``\xff``, which is reported ("not UTF-8").
 - Members of one key are one sample, also where others lie between them ("scattered"). A member whose
   extension the sample has already begins a new sample of the same key ("duplicate key").
 - Directories, links, devices, sparse files, names without an extension, hidden files (``.x``, macOS'
   ``._x``) and WebDataset's metadata (``__x__``) belong to no sample. They are reported.
 - The image is the first member whose extension is one of :data:`IMAGE_EXTENSIONS`, else the first
-  whose extension ends with one (``v2.jpg``). A sample without an image has the status ``no_image``.
+  whose extension ends with one (``v2.jpg``), else the first of a format that is known and not
+  decoded (``exr``, ``svg`` ...), which is reported as such. A sample without an image has the status ``no_image``.
 - Where the archive is damaged, the samples before stay, and one row has the status ``tar_error``: the
   sample whose member was cut, or, where no name can be read, a row with an empty key.
+
+The same holds for the files of a folder (:mod:`imgcurate.folders`) and, but that each row is a sample of its
+own, for tables (:mod:`imgcurate.tables`). A sample with a file that cannot be read has the status ``read_error``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,14 +31,23 @@ import numpy as np
 import pyarrow as pa
 
 from imgcurate import schema
-from imgcurate.storage import Source, is_local, open_source, read_ranges
-from imgcurate.tar import Damage, Members, Problem, scan_tar, shown_name
+from imgcurate.archives import open_archive
+from imgcurate.errors import printable
+from imgcurate.folders import files_members, quoted
+from imgcurate.storage import Source, file_size, is_local, join_url, read_bytes, read_ranges
+from imgcurate.streams import DamagedStreamError, ForwardSource
+from imgcurate.tables import TableSource
+from imgcurate.tar import Damage, Members, Problem, TarScan, quoted_name, scan_tar, shown_name
 
-__all__ = ["IMAGE_EXTENSIONS", "ShardIndex", "index_shard", "split_key"]
+__all__ = ["IMAGE_EXTENSIONS", "TAR_ENDINGS", "Shard", "ShardIndex", "index_shard", "split_key"]
 
 IMAGE_EXTENSIONS: Final = frozenset(
-    "jpg jpeg jpe jfif png webp gif bmp tif tiff ppm pgm pbm pnm jp2 j2k avif heic heif".split()
+    "jpg jpeg jpe jfif mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm pam jp2 j2k j2c jpc jpf jpx avif heic "
+    "heif hif ico tga qoi pcx sgi".split()
 )
+TAR_ENDINGS: Final = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+# Images that are not decoded: each gets a reason that names its format.
+_REFUSED_EXTENSIONS: Final = frozenset("exr hdr ff svg psd dds jxl jxr icns".split())
 _META_NAME: Final = re.compile(rb"__[^/]*__($|/)")
 # A remote shard is read through a spool, so small windows cost no requests; where images are larger than the
 # gap, nothing but headers is fetched here.
@@ -41,6 +55,27 @@ _REMOTE_WINDOW_BYTES: Final = 64 * 1024
 _REMOTE_GAP_BYTES: Final = 1024 * 1024
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
 _MEMBERS_SHOWN: Final = 8
+_EXT_SHOWN: Final = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard of the input.
+
+    Attributes
+    ----------
+    url : str
+        A tar, a table, or the folder of `files`.
+    files : tuple of str
+        Names of files below a folder, as :func:`imgcurate.folders.quoted` writes them, sorted; of a
+        tar or table empty.
+    sizes : tuple of int
+        Bytes of the files; empty for a local folder.
+    """
+
+    url: str
+    files: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +122,31 @@ class _Samples:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What is in a shard of any kind.
+
+    Attributes
+    ----------
+    scan : TarScan
+        Its members.
+    rows : ndarray of shape (n,), int64, or None
+        Of each member the row of the table, if it is one.
+    unreadable : dict of int to str
+        Why a member's file cannot be read, by its position.
+    read : callable
+        Returns the bytes of the members at some positions.
+    nbytes : int
+        Size of the shard.
+    """
+
+    scan: TarScan
+    rows: np.ndarray | None
+    unreadable: Mapping[int, str]
+    read: Callable[[np.ndarray], Iterator[bytes]]
+    nbytes: int
+
+
 def split_key(name: str) -> tuple[str, str]:
     """Return (key, extension) of a member's path; the extension is empty where the path has none.
 
@@ -102,7 +162,7 @@ def split_key(name: str) -> tuple[str, str]:
 
 
 def index_shard(
-    url: str,
+    shard: str | Shard,
     shard_number: int,
     *,
     storage_options: Mapping[str, Any] | None = None,
@@ -112,8 +172,8 @@ def index_shard(
 
     Parameters
     ----------
-    url : str
-        Path or fsspec URL of a tar.
+    shard : str or Shard
+        Path or fsspec URL of a tar or table, or a shard of files.
     shard_number : int
         Its number in the sorted list of inputs; goes into the uids.
     storage_options : mapping, optional
@@ -132,22 +192,66 @@ def index_shard(
     in large blocks, which the decoder finds again.
     Time and memory grow with the members, not with their bytes.
     """
-    source = open_source(url, storage_options, gap_bytes=_REMOTE_GAP_BYTES)
-    try:
-        scan = scan_tar(source) if is_local(url) else scan_tar(source, window_bytes=_REMOTE_WINDOW_BYTES)
-        problems = scan.problems
-        samples = _group(scan.members, problems)
-        _mark_damage(samples, scan.damage, problems)
-        columns = _columns(samples, scan.members, url, shard_number)
-        columns |= _texts(source, samples, scan.members, texts, problems)
-    finally:
-        source.close()
+    if isinstance(shard, str):
+        shard = Shard(shard)
+    with _open(shard, storage_options) as contents:
+        members, problems = contents.scan.members, contents.scan.problems
+        samples = _group(members, problems, contents.rows)
+        _mark_damage(samples, contents.scan.damage, problems)
+        columns = _columns(samples, members, shard, shard_number)
+        columns |= _texts(contents, samples, texts)
+        _mark_unreadable(columns, samples, contents.unreadable)
+        nbytes = contents.nbytes
     names = schema.arrow_schema(columns, dict.fromkeys(texts, pa.string()))
     problems.sort()
-    return ShardIndex(pa.table(columns, schema=names), problems, source.size)
+    return ShardIndex(pa.table(columns, schema=names), problems, nbytes)
 
 
-def _group(members: Members, problems: list[Problem]) -> _Samples:
+@contextlib.contextmanager
+def _open(shard: Shard, storage_options: Mapping[str, Any] | None) -> Iterator[_Contents]:
+    """Yield what is in a shard, which stays open meanwhile."""
+    if shard.files:
+        problems: list[Problem] = []
+        members, unreadable = files_members(shard.url, shard.files, shard.sizes, problems)
+        names = members.names
+
+        def read(wanted: np.ndarray) -> Iterator[bytes]:
+            for i in wanted.tolist():
+                url = join_url(shard.url, names[i].decode("utf-8", "surrogateescape"))
+                yield b"" if i in unreadable else read_bytes(url, storage_options)
+
+        yield _Contents(TarScan(members, problems), None, unreadable, read, int(members.size.sum()))
+        return
+    try:
+        source = open_archive(shard.url, storage_options, gap_bytes=_REMOTE_GAP_BYTES)
+    except DamagedStreamError as exc:
+        scan = TarScan(Members.none(), [], Damage(0, str(exc), ""))
+        yield _Contents(scan, None, {}, lambda _: iter(()), file_size(shard.url, storage_options))
+        return
+    try:
+        yield _archive_contents(source, storage_options)
+    finally:
+        source.close()
+
+
+def _archive_contents(source: Source, storage_options: Mapping[str, Any] | None) -> _Contents:
+    rows = None
+    if isinstance(source, TableSource):
+        scan, rows = source.scan()
+    else:
+        scan = scan_tar(source) if is_local(source.url) else scan_tar(source, window_bytes=_REMOTE_WINDOW_BYTES)
+    members = scan.members
+
+    def read(wanted: np.ndarray) -> Iterator[bytes]:
+        ranges = list(zip(members.data_offset[wanted].tolist(), members.size[wanted].tolist(), strict=True))
+        # Between two texts lies an image: on a local disk one more read costs less than that.
+        yield from (source.pread(*r) for r in ranges) if is_local(source.url) else read_ranges(source, ranges)
+
+    is_plain = not isinstance(source, (TableSource, ForwardSource))
+    return _Contents(scan, rows, {}, read, source.size if is_plain else file_size(source.url, storage_options))
+
+
+def _group(members: Members, problems: list[Problem], rows: np.ndarray | None) -> _Samples:
     kept, key, ext, words = _split(members, problems)
     found = np.flatnonzero(np.bincount(ext, minlength=len(words)))
     lowered = [raw[1:-1].decode("utf-8", "surrogateescape").lower() for raw in words.take(found).to_pylist()]
@@ -155,10 +259,10 @@ def _group(members: Members, problems: list[Problem]) -> _Samples:
     place = np.zeros(len(words), np.int64)
     place[found] = [exts[name] for name in lowered]
     ext = place[ext]
-    begins = np.diff(key, prepend=-1) != 0
+    begins = np.diff(key if rows is None else rows[kept], prepend=-1) != 0
     first, sample = np.flatnonzero(begins), np.cumsum(begins) - 1
     pairs = np.sort(key * len(exts) + ext, kind="stable")
-    if (np.bincount(key[first]) > 1).any() or (pairs[1:] == pairs[:-1]).any():
+    if rows is None and ((np.bincount(key[first]) > 1).any() or (pairs[1:] == pairs[:-1]).any()):
         first, sample = _group_one_by_one(key.tolist(), ext.tolist(), members, kept, problems)
     order = np.argsort(sample, kind="stable")
     return _Samples(words.take(key[first]), list(exts), kept[order], sample[order], ext[order])
@@ -180,7 +284,7 @@ def _group_one_by_one(
             name, offset = names[kept[i]], int(members.header_offset[kept[i]])
             kind, what = ("duplicate key", "is there already: a new sample begins") if new else (
                 "scattered members", "lies apart from the other members of its sample")  # fmt: skip
-            problems.append(Problem(offset, kind, f"{shown_name(name)!r} {what}"))
+            problems.append(Problem(offset, kind, f"{quoted_name(name)} {what}"))
         if new:
             latest[key] = at = len(firsts)
             firsts.append(i)
@@ -211,9 +315,22 @@ def _split(members: Members, problems: list[Problem]) -> tuple[np.ndarray, np.nd
     for i in np.flatnonzero((dot == base) | (dot + 1 >= ends) | underscores).tolist():
         name = members.text[starts[i] : ends[i]]
         if (kind := _left_out(name)) is not None:
-            problems.append(Problem(int(members.header_offset[i]), kind, f"{shown_name(name)!r} belongs to no sample"))
+            problems.append(Problem(int(members.header_offset[i]), kind, f"{quoted_name(name)} belongs to no sample"))
             belongs[i] = False
+    if not _is_utf8(members.text):
+        odd = [(i, name) for i, name in enumerate(members.names) if belongs[i] and not _is_utf8(name)]
+        problems += [
+            Problem(int(members.header_offset[i]), "not UTF-8", f"the name {quoted_name(name)}") for i, name in odd
+        ]
     return np.flatnonzero(belongs), numbers[::2][belongs], numbers[1::2][belongs], words.dictionary
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _left_out(name: bytes) -> str | None:
@@ -240,9 +357,22 @@ def _mark_damage(samples: _Samples, damage: Damage | None, problems: list[Proble
     samples.keys = pa.concat_arrays([samples.keys, pa.array([raw], pa.large_binary())])
 
 
-def _columns(samples: _Samples, members: Members, url: str, shard_number: int) -> dict[str, pa.Array]:
+def _mark_unreadable(columns: dict[str, pa.Array], samples: _Samples, unreadable: Mapping[int, str]) -> None:
+    if not unreadable:
+        return
+    status, reason = columns[schema.STATUS].to_pylist(), columns[schema.REASON].to_pylist()
+    for sample, ext, member in zip(samples.sample.tolist(), samples.ext.tolist(), samples.member.tolist(), strict=True):
+        if member in unreadable:
+            status[sample] = schema.STATUS_READ_ERROR
+            reason[sample] = f"member {_shown(samples.exts[ext])}: {unreadable[member]}"
+    columns |= {schema.STATUS: pa.array(status, pa.string()), schema.REASON: pa.array(reason, pa.string())}
+
+
+def _columns(samples: _Samples, members: Members, shard: Shard, shard_number: int) -> dict[str, pa.Array]:
     n = len(samples.keys)
     image = _images(samples)
+    if shard.files:
+        image = _image_first(samples, image)
     found = image >= 0
     exts = pa.array([*map(_shown, samples.exts), ""], pa.string())
     values = exts.take(samples.ext)
@@ -260,11 +390,12 @@ def _columns(samples: _Samples, members: Members, url: str, shard_number: int) -
     statuses = pa.array([schema.STATUS_OK, schema.STATUS_NO_IMAGE, schema.STATUS_TAR_ERROR], pa.string())
     return {
         schema.UID: pa.array(np.arange(n, dtype=np.int64) + schema.make_uid(shard_number, 0)),
-        schema.SHARD: pa.repeat(pa.scalar(url, pa.string()), n),
+        schema.SHARD: pa.repeat(pa.scalar(shard.url, pa.string()), n),
         schema.KEY: _shown_keys(samples.keys),
         schema.EXT: exts.take(ext),
         schema.MEMBERS: pa.ListArray.from_arrays(bounds.astype(np.int32), values),
-        schema.SPANS: _spans(samples, members),
+        schema.FILES: _files(samples, members, bounds) if shard.files else pa.nulls(n, pa.list_(pa.string())),
+        schema.SPANS: _file_spans(samples, members, bounds) if shard.files else _spans(samples, members),
         schema.OFFSET: pa.array(offset),
         schema.NBYTES: pa.array(nbytes),
         schema.WIDTH: pa.array(np.zeros(n, np.int32)),
@@ -279,16 +410,41 @@ def _images(samples: _Samples) -> np.ndarray:
     image = np.full(len(samples.keys), -1)
     exact = np.array([e in IMAGE_EXTENSIONS for e in samples.exts], bool)
     alike = np.array([e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in samples.exts], bool)
-    for wanted in (alike, exact):
+    refused = np.array([e in _REFUSED_EXTENSIONS for e in samples.exts], bool)
+    for wanted in (refused, alike, exact):
         candidates = np.flatnonzero(wanted[samples.ext])[::-1]
         # Of several values for one place NumPy keeps the last: here the first member.
         image[samples.sample[candidates]] = candidates
     return image
 
 
+def _image_first(samples: _Samples, image: np.ndarray) -> np.ndarray:
+    """Put each sample's image before its other members, and return where the images are then."""
+    later = np.ones(len(samples.member), bool)
+    later[image[image >= 0]] = False
+    order = np.lexsort((later, samples.sample))
+    samples.member, samples.sample, samples.ext = samples.member[order], samples.sample[order], samples.ext[order]
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return np.where(image >= 0, place[image], -1)
+
+
+def _files(samples: _Samples, members: Members, bounds: np.ndarray) -> pa.Array:
+    names = members.names
+    files = [quoted(names[i].decode("utf-8", "surrogateescape")) for i in samples.member.tolist()]
+    return pa.ListArray.from_arrays(bounds.astype(np.int32), pa.array(files, pa.string()))
+
+
+def _file_spans(samples: _Samples, members: Members, bounds: np.ndarray) -> pa.Array:
+    sizes = members.size[samples.member]
+    spans = np.stack([np.zeros_like(sizes), sizes], axis=1).ravel()
+    return pa.ListArray.from_arrays((2 * bounds).astype(np.int32), pa.array(spans))
+
+
 def _no_image(exts: pa.Array) -> str:
     more = len(exts) - _MEMBERS_SHOWN
-    shown = ", ".join(exts[:_MEMBERS_SHOWN].to_pylist())
+    names = exts[:_MEMBERS_SHOWN].to_pylist()
+    shown = ", ".join(printable(n if len(n) <= _EXT_SHOWN else f"{n[:_EXT_SHOWN]}...") for n in names)
     return f"no image among its members: {shown}{f' and {more} more' if more > 0 else ''}"
 
 
@@ -313,22 +469,18 @@ def _shown(text: str) -> str:
     return shown_name(text.encode("utf-8", "surrogateescape"))
 
 
-def _texts(
-    source: Source, samples: _Samples, members: Members, texts: Sequence[str], problems: list[Problem]
-) -> dict[str, pa.Array]:
+def _texts(contents: _Contents, samples: _Samples, texts: Sequence[str]) -> dict[str, pa.Array]:
+    members, problems = contents.scan.members, contents.scan.problems
     columns: dict[str, list[str | None]] = {ext: [None] * len(samples.keys) for ext in texts}
     column_of = [columns.get(ext, []) for ext in samples.exts]
     wanted = np.flatnonzero(np.array([ext in columns for ext in samples.exts], bool)[samples.ext])
     wanted = wanted[np.argsort(samples.member[wanted])]
     too_long = members.size[samples.member[wanted]] > _MAX_TEXT_BYTES
     for i in samples.member[wanted[too_long]].tolist():
-        detail = f"{shown_name(members.names[i])!r} has {members.size[i]:,} bytes: no text column is made of it"
+        detail = f"{quoted_name(members.names[i])} has {members.size[i]:,} bytes: no text column is made of it"
         problems.append(Problem(int(members.header_offset[i]), "text too long", detail))
     wanted = wanted[~too_long]
-    member = samples.member[wanted]
-    ranges = list(zip(members.data_offset[member].tolist(), members.size[member].tolist(), strict=True))
-    # Between two texts lies an image: on a local disk one more read costs less than that.
-    blobs = (source.pread(*r) for r in ranges) if is_local(source.url) else read_ranges(source, ranges)
+    blobs = contents.read(samples.member[wanted])
     for ext, row, data in zip(samples.ext[wanted].tolist(), samples.sample[wanted].tolist(), blobs, strict=True):
         column_of[ext][row] = data.decode("utf-8", "replace")
     return {ext: pa.array(column, pa.string()) for ext, column in columns.items()}

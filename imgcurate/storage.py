@@ -36,9 +36,11 @@ __all__ = [
     "expand_urls",
     "file_size",
     "free_bytes",
+    "is_folder",
     "is_local",
     "join_url",
     "list_files",
+    "list_tree",
     "local_path",
     "make_folder",
     "modified",
@@ -162,7 +164,7 @@ def expand_urls(
         patterns = [patterns]
     urls: set[str] = set()
     for pattern in map(_expanduser, patterns):
-        if is_local(pattern) and Path(local_path(pattern)).exists():
+        if is_local(pattern) and os.path.exists(local_path(pattern)):  # noqa: PTH110 - Path.exists raises for long names
             urls.add(str(Path(local_path(pattern)).absolute()))
             continue
         try:
@@ -175,6 +177,11 @@ def expand_urls(
             urls.update(_glob(candidate, storage_options))
     if not urls:
         raise InputError("no input was given: expected tar shards, as paths, URLs or patterns")
+    for url in urls:
+        try:
+            url.encode()
+        except UnicodeEncodeError as exc:
+            raise InputError(f"the name of {url!r} is not UTF-8, as the record of a run is: rename it") from exc
     return sorted(urls)
 
 
@@ -242,6 +249,11 @@ def file_size(url: str, storage_options: StorageOptions | None = None) -> int:
         return file.size if file.size >= 0 else RemoteSource(url, storage_options).size
     except FileNotFoundError as exc:
         raise InputError(f"no such input: {url}") from exc
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, InputError):
+            raise
+        # No permission, a loop of links, a name that is too long or holds a zero byte.
+        raise InputError(f"cannot read {url}: {getattr(exc, 'strerror', None) or exc}") from exc
     except StorageError as exc:
         if isinstance(exc.__cause__, FileNotFoundError):
             raise InputError(f"no such input: {shown_url(url)}") from exc
@@ -264,6 +276,27 @@ def list_files(folder: str, suffix: str, storage_options: StorageOptions | None 
     # Some programs mark a folder with an object whose name ends with a slash.
     names = (str(f).rsplit("/", 1)[-1] for f in found)
     return sorted(name for name in names if name and name.endswith(suffix))
+
+
+def is_folder(url: str, storage_options: StorageOptions | None = None) -> bool:
+    """Return whether `url` is a folder; a web server has none."""
+    if is_local(url):
+        # os.path says no of names that no file can have, where pathlib raises.
+        return os.path.isdir(local_path(url))  # noqa: PTH112
+    if url.startswith("http"):
+        return False
+    fs, path = filesystem(url, storage_options)
+    return bool(retry(lambda: fs.isdir(path), f"cannot look up {url}"))
+
+
+def list_tree(folder: str, storage_options: StorageOptions | None = None) -> dict[str, int]:
+    """Return the files below a remote folder, by their path in it, with their sizes; without hidden folders."""
+    fs, path = filesystem(folder, storage_options)
+    fs.invalidate_cache()
+    found = retry(lambda: fs.find(path, detail=True), f"cannot list {folder}")
+    prefix = path.rstrip("/") + "/"
+    sizes = {str(name).removeprefix(prefix): int(info.get("size") or 0) for name, info in sorted(found.items())}
+    return {name: size for name, size in sizes.items() if "/." not in f"/{name.rpartition('/')[0]}"}
 
 
 def make_folder(url: str, storage_options: StorageOptions | None = None) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from imgcurate.errors import TarError
 from imgcurate.storage import Source
+from imgcurate.streams import ForwardSource
 from imgcurate.tar_blocks import (
     BLOCK,
     checksum_is_right,
@@ -25,6 +26,7 @@ from imgcurate.tar_blocks import (
     padding,
     pax_records,
     plain_names,
+    quoted_name,
     shown_name,
     tar_header,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "TarScan",
     "end_of_archive",
     "padding",
+    "quoted_name",
     "scan_tar",
     "shown_name",
     "tar_header",
@@ -52,15 +55,10 @@ _OTHER_TYPES: Final = {
 }  # fmt: skip
 _SPARSE: Final = ord("S")
 _SPARSE_RECORDS: Final = frozenset({b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size"})
+_MEMBER_RECORDS: Final = _SPARSE_RECORDS | {b"path", b"size", b"GNU.sparse.name"}
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS = (ord(c) for c in "LKxgX")
 _EXTENSIONS: Final = frozenset({_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS})
-_MAGICS: Final = {
-    b"\x1f\x8b": "gzip-compressed tar: decompress it first",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed tar: decompress it first",
-    b"BZh": "bzip2-compressed tar: decompress it first",
-    b"\xfd7zXZ\x00": "xz-compressed tar: decompress it first",
-    b"PK\x03\x04": "a zip archive, not a tar",
-}
+_ZIP: Final = b"PK\x03\x04"
 
 
 class Member(NamedTuple):
@@ -104,6 +102,12 @@ class Members:
     data_offset: np.ndarray
     size: np.ndarray
     end: np.ndarray
+
+    @staticmethod
+    def none() -> Members:
+        """Return no members."""
+        zeros = np.zeros(0, np.int64)
+        return Members(b"", zeros, zeros, zeros, zeros)
 
     @property
     def names(self) -> list[bytes]:
@@ -205,7 +209,8 @@ class _Scanner:
     """
 
     def __init__(self, source: Source, window_bytes: int, *, least: int = 16, most: int = 1024) -> None:
-        self._source, self._size, self._window = source, source.size, window_bytes
+        self._source, self._window = source, window_bytes
+        self._at_random = not isinstance(source, ForwardSource)
         self._least, self._most = least, most
         self._buffer, self._base = b"", 0
         self._problems: list[Problem] = []
@@ -222,23 +227,41 @@ class _Scanner:
             self._read_members()
         except TarError as exc:
             self._damage = Damage(exc.offset, str(exc), "")
+        self._take_stream_damage()
         self._join()
         members = Members(b"".join(self._names), *np.concatenate(self._offsets, axis=1))
         return TarScan(members, self._problems, self._damage)
 
+    def _take_stream_damage(self) -> None:
+        """Say what became of a compressed archive that could not be read to its end."""
+        damage = self._source.damage if isinstance(self._source, ForwardSource) else ""
+        if not damage:
+            return
+        if self._damage is not None:
+            self._damage = self._damage._replace(reason=f"{self._damage.reason} ({damage})")
+        elif self._ended:
+            self._problem(self._source.size, "damaged after the end mark", damage)
+        else:
+            self._damage = Damage(self._source.size, damage, "")
+
     def _read_members(self) -> None:
-        if self._size == 0:
+        if not self._reaches(1):
             self._damage = Damage(0, "empty file (0 bytes)", "")
         position, odd_until = 0, 0
-        while position < self._size:
-            if position >= odd_until and self._header_offset < 0 and not self._ended:
+        while self._reaches(position + 1):
+            if self._at_random and position >= odd_until and self._header_offset < 0 and not self._ended:
                 position, odd_until = self._plain_run(position)
-            if position < self._size:
+            if self._reaches(position + 1):
                 position = self._step(position)
         if self._damage is None and self._header_offset >= 0:
             self._no_member()
         if self._damage is None and not self._ended:
-            self._problem(self._size, "no end mark", "the archive ends without two blocks of zeros")
+            self._problem(self._source.size, "no end mark", "the archive ends without two blocks of zeros")
+
+    def _reaches(self, end: int) -> bool:
+        if isinstance(self._source, ForwardSource):
+            return self._source.reaches(end)
+        return end <= self._source.size
 
     def _read(self, position: int, length: int) -> bytes:
         start = position - self._base
@@ -274,7 +297,7 @@ class _Scanner:
                 sizes.append(size)
                 start += size + round_up & whole_blocks
         stop = base + start
-        while stop > self._size:
+        while stop > self._source.size:
             blocks.pop()
             stop -= sizes.pop() + round_up & whole_blocks
         names = plain_names(blocks) if len(blocks) >= self._least else None
@@ -318,11 +341,12 @@ class _Scanner:
         if self._pax or self._long_name is not None:
             name, size = self._overridden(name, size, position)
         if kind in _FILE_TYPES and not name.endswith(b"/") and self._pax.keys().isdisjoint(_SPARSE_RECORDS):
-            if position + size > self._size:
+            if not self._reaches(position + size):
                 return self._truncated(name, size, position)
             end = position + size + -size % BLOCK
             self._names.append(name + b"\0")
-            self._single.append((self._header_offset, position, size, min(self._size, end)))
+            there = end if self._reaches(end) else self._source.size
+            self._single.append((self._header_offset, position, size, there))
         else:
             end = self._skip(kind, name, size, block, position)
         self._pax, self._long_name, self._header_offset = {}, None, -1
@@ -335,10 +359,10 @@ class _Scanner:
         raise TarError("truncated tar: an extension header without its member", self._header_offset)
 
     def _truncated(self, name: bytes, size: int, position: int) -> int:
-        reason = f"truncated tar: member {shown_name(name)!r} needs {size:,} bytes"
-        reason += f", {max(0, self._size - position):,} are there at byte {self._header_offset}"
+        reason = f"truncated tar: member {quoted_name(name)} needs {size:,} bytes"
+        reason += f", {max(0, self._source.size - position):,} are there at byte {self._header_offset}"
         self._damage = Damage(self._header_offset, reason, name.decode("utf-8", "surrogateescape"))
-        return self._size
+        return self._source.size
 
     def _parse(self, block: bytes, position: int) -> tuple[bytes, int, int]:
         if len(block) < BLOCK:
@@ -355,15 +379,12 @@ class _Scanner:
     def _no_header(self, block: bytes, position: int, what: str) -> str:
         if position:
             return what
-        for magic, meaning in _MAGICS.items():
-            if block.startswith(magic):
-                return meaning
-        return f"not a tar file: {what}"
+        return "a zip archive, not a tar" if block.startswith(_ZIP) else f"not a tar file: {what}"
 
     def _skip_zeros(self, position: int) -> int:
         """Return where the zeros that begin with a block of them end, rounded down to a block."""
         position += BLOCK
-        while position < self._size:
+        while self._reaches(position + 1):
             data = self._source.pread(position, _ZERO_SCAN_BYTES)
             rest = data.lstrip(b"\0")
             if rest:
@@ -371,11 +392,12 @@ class _Scanner:
             if not data:
                 break
             position += len(data)
-        return self._size
+        return self._source.size
 
     def _extension(self, kind: int, size: int, position: int) -> int:
         """Take in a long name or PAX records, and return where the next header starts."""
-        if kind == _LONG_LINK or (kind == _PAX_GLOBAL and size <= _MAX_EXTENSION_BYTES):
+        inside = kind == _PAX_GLOBAL and self._header_offset >= 0
+        if kind == _LONG_LINK or (kind == _PAX_GLOBAL and not inside and size <= _MAX_EXTENSION_BYTES):
             # A link is left out anyway; global records name neither a path nor a size of one member.
             return position + size + -size % BLOCK
         if size > _MAX_EXTENSION_BYTES:
@@ -387,10 +409,20 @@ class _Scanner:
             raise TarError(
                 f"truncated tar: an extension header needs {size:,} bytes, {len(data):,} are there", position
             )
+        # Of several headers of one member the first one holds, as for tarfile.
         if kind == _LONG_NAME:
-            self._long_name = data.split(b"\0", 1)[0]
+            if self._long_name is None and b"path" not in self._pax:
+                self._long_name = data.split(b"\0", 1)[0]
+            return position + size + -size % BLOCK
+        records = pax_records(data, position)
+        if inside:
+            # It is copied with its member, and would rename others wherever it comes to.
+            if not records.keys().isdisjoint(_MEMBER_RECORDS):
+                raise TarError("a global header that names the path or size of a member", position)
         else:
-            self._pax |= pax_records(data, position)
+            if self._long_name is not None:
+                records.pop(b"path", None)
+            self._pax = records | self._pax
         return position + size + -size % BLOCK
 
     def _overridden(self, name: bytes, size: int, position: int) -> tuple[bytes, int]:
@@ -408,27 +440,27 @@ class _Scanner:
 
     def _skip(self, kind: int, name: bytes, size: int, block: bytes, position: int) -> int:
         """Report a member that is no regular file, and return where the next header starts."""
-        shown, at = shown_name(name), self._header_offset
+        shown, at = quoted_name(name), self._header_offset
         if kind in _LINK_TYPES:
-            target = shown_name(block[157:257].split(b"\0", 1)[0])
-            self._problem(at, "link", f"{_LINK_TYPES[kind]} {shown!r} to {target!r}")
+            target = quoted_name(block[157:257].split(b"\0", 1)[0])
+            self._problem(at, "link", f"{_LINK_TYPES[kind]} {shown} to {target}")
             return position
         if kind in _OTHER_TYPES:
             label = _OTHER_TYPES[kind]
-            self._problem(at, label if label == "directory" else "special file", f"{label} {shown!r}")
+            self._problem(at, label if label == "directory" else "special file", f"{label} {shown}")
             return position
         if kind == _SPARSE:
             position = self._skip_sparse_map(block, position)
         if kind in _FILE_TYPES and name.endswith(b"/"):
             # So did tars write directories before they had a type of their own, and without data.
-            self._problem(at, "directory", repr(shown))
+            self._problem(at, "directory", shown)
             size = size if kind else 0
         else:
             label = "sparse file" if kind == _SPARSE or kind in _FILE_TYPES else "unknown type"
-            self._problem(at, label, f"{shown!r} (type {chr(kind)!r}) is left out")
+            self._problem(at, label, f"{shown} (type {chr(kind)!r}) is left out")
         end = position + size
-        if end > self._size:
-            raise TarError(f"truncated tar: member {shown!r} needs {size:,} bytes", at)
+        if not self._reaches(end):
+            raise TarError(f"truncated tar: member {shown} needs {size:,} bytes", at)
         return end + -size % BLOCK
 
     def _skip_sparse_map(self, block: bytes, position: int) -> int:

@@ -12,6 +12,7 @@ from imgcurate.errors import TarError
 
 __all__ = [
     "BLOCK",
+    "PLAIN_HEADER",
     "checksum_is_right",
     "end_of_archive",
     "header_name",
@@ -19,6 +20,7 @@ __all__ = [
     "padding",
     "pax_records",
     "plain_names",
+    "quoted_name",
     "shown_name",
     "tar_header",
 ]
@@ -27,7 +29,12 @@ BLOCK: Final = 512
 _RECORD: Final = 20 * BLOCK
 _ADLER_MODULUS: Final = 65521
 _CHECKSUM: Final = slice(148, 156)
+_NAME_SHOWN: Final = 200
 _EIGHTS: Final = 8 ** np.arange(5, -1, -1)
+PLAIN_HEADER: Final = (b"\0" * 100 + b"0000644\0" + b"0000000\0" * 2 + b"\0" * 12 + b"00000000000\0").ljust(
+    BLOCK, b"\0"
+)
+"""A template for :func:`tar_header` of members that come from no tar: mode 0644, owner 0, time 0."""
 
 
 def tar_header(name: str, size: int, template: bytes) -> bytes:
@@ -166,6 +173,13 @@ def pax_records(data: bytes, position: int) -> dict[bytes, bytes]:
 def shown_name(name: bytes) -> str:
     r"""Return a member's name as valid text: bytes that are not UTF-8 become ``\xff``."""
     return name.decode("utf-8", "backslashreplace")
+
+
+def quoted_name(name: bytes) -> str:
+    """Return a member's name for a message: in quotes, control characters escaped, a long one cut."""
+    shown = shown_name(name[: 4 * _NAME_SHOWN + 1])
+    more = f"... ({len(name):,} bytes)" if len(shown) > _NAME_SHOWN else ""
+    return repr(shown[:_NAME_SHOWN]) + more
 
 
 def _number(raw: bytes) -> int:

@@ -114,7 +114,7 @@ def test_inspect_counts_and_reports(run, shards: Path, tmp_path: Path) -> None:
     [
         (["curate", "{tmp}/none.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image"], "no such input: .*none.tar"),
         (["curate", "{tmp}/*.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image"], "nothing matches"),
-        (["curate", "{tmp}", "-o", "{tmp}/OUT", "--encoder", "tiny-image"], "is a folder"),
+        (["curate", "{tmp}", "-o", "{tmp}/OUT", "--encoder", "tiny-image"], "holds no tar, no table and no image"),
         (["curate", "{shards}/00000.tar", "-o", "{tmp}", "--encoder", "tiny-image"], "holds no run of imgcurate"),
         (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "ViT-Q"], "ViT-Q"),
         (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "ViT-B-32", "--pretrained", "me"],

@@ -10,9 +10,10 @@ from PIL import Image
 
 from imgcurate.backend import Backend, get_backend
 from imgcurate.batches import PixelView
-from imgcurate.decode import Decoder, borrow_decoder, decode_with_pillow
+from imgcurate.decode import MAX_PIXELS, Decoder, borrow_decoder
 from imgcurate.errors import ConfigError
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
+from imgcurate.pillow import decode_with_pillow
 
 CLIP = PixelView(224, 224)
 
@@ -97,13 +98,13 @@ def test_decode_tells_the_displayed_size(backend, encode) -> None:
     ],
 )
 def test_pixel_rule(mode: str, color, expected, encode) -> None:
-    pixels = decode_with_pillow(encode(Image.new(mode, (9, 9), color), "PNG"))
+    pixels = decode_with_pillow(encode(Image.new(mode, (9, 9), color), "PNG"), max_pixels=MAX_PIXELS)
     np.testing.assert_allclose(pixels[4, 4], expected, atol=1)
 
 
 def test_pixel_rule_scales_16_bit(encode) -> None:
     ramp = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
-    pixels = decode_with_pillow(encode(Image.fromarray(ramp), "PNG"))
+    pixels = decode_with_pillow(encode(Image.fromarray(ramp), "PNG"), max_pixels=MAX_PIXELS)
     assert pixels[0, :, 0].tolist() == [0, 1, 128, 255]
 
 

@@ -15,8 +15,9 @@ PACKAGE = Path(imgcurate.__file__).parent
 
 # Each module may import those above it, not those below.
 ORDER = (
-    "errors schema backend filesystems spool objects remote storage tar_blocks tar shards frame probe batches decode "
-    "models catalog dedup execution export stages plan cluster results runner pipeline config inspection demo cli"
+    "errors schema backend filesystems spool objects remote storage streams tar_blocks tar folders tables archives "
+    "shards sidecars inputs frame signatures probe pillow batches decode isolation models catalog dedup execution "
+    "export stages plan cluster results runner pipeline config inspection demo cli"
 ).split()
 GPU_LIBRARIES = {"cudf", "cupy", "cuml", "dask_cudf", "dask_cuda", "rmm", "pylibcudf"}
 

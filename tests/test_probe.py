@@ -8,7 +8,8 @@ import zlib
 import pytest
 from PIL import Image
 
-from imgcurate.probe import describe_bytes, probe
+from imgcurate.probe import probe
+from imgcurate.signatures import describe_bytes
 
 
 def png_header(width: int, height: int, depth: int = 8, color: int = 2) -> bytes:
@@ -21,8 +22,8 @@ def png_header(width: int, height: int, depth: int = 8, color: int = 2) -> bytes
     ("kind", "mode", "route"),
     [
         ("JPEG", "RGB", "dali"), ("JPEG", "L", "dali"), ("JPEG", "CMYK", "pillow"),
-        ("PNG", "RGB", "dali"), ("PNG", "L", "dali"), ("PNG", "RGBA", "pillow"), ("PNG", "P", "pillow"),
-        ("PNG", "I;16", "pillow"), ("WEBP", "RGB", "dali"), ("WEBP", "RGBA", "pillow"), ("GIF", "P", "pillow"),
+        ("PNG", "RGB", "dali"), ("PNG", "L", "dali"), ("PNG", "RGBA", "pillow"), ("PNG", "P", "dali"),
+        ("PNG", "I;16", "dali"), ("WEBP", "RGB", "dali"), ("WEBP", "RGBA", "pillow"), ("GIF", "P", "pillow"),
         ("BMP", "RGB", "pillow"), ("TIFF", "RGB", "pillow"), ("PPM", "RGB", "pillow"),
     ],
 )  # fmt: skip

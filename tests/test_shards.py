@@ -74,6 +74,8 @@ def by_hand(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
         if (kind := left_out(name)) is not None:
             problems.append((where[0], kind))
             continue
+        if shown_name(name) != name:
+            problems.append((where[0], "not UTF-8"))
         folder, slash, base = name.rpartition("/")
         first, _, ext = base.partition(".")
         key, ext = folder + slash + first, ext.lower()
@@ -105,6 +107,7 @@ def row_by_hand(key: str, members: Mapping[str, tuple[int, int, int, int]]) -> d
         schema.KEY: shown_name(key),
         schema.EXT: shown_name(image) if image else "",
         schema.MEMBERS: shown,
+        schema.FILES: None,
         schema.SPANS: spans,
         schema.OFFSET: members[image][1] if image else -1,
         schema.NBYTES: members[image][2] if image else 0,
@@ -341,8 +344,8 @@ def test_damage_of_a_new_sample_is_a_row_with_its_key(tmp_path: Path) -> None:
     assert column(index, schema.STATUS) == ["ok", "tar_error"]
     assert index.table.to_pylist()[1] | {schema.UID: 0, schema.SHARD: "", schema.REASON: ""} == {
         schema.UID: 0, schema.SHARD: "", schema.KEY: "b\\xff", schema.EXT: "", schema.MEMBERS: [], schema.SPANS: [],
-        schema.OFFSET: -1, schema.NBYTES: 0, schema.WIDTH: 0, schema.HEIGHT: 0, schema.STATUS: "tar_error",
-        schema.REASON: "",
+        schema.FILES: None, schema.OFFSET: -1, schema.NBYTES: 0, schema.WIDTH: 0, schema.HEIGHT: 0,
+        schema.STATUS: "tar_error", schema.REASON: "",
     }  # fmt: skip
 
 

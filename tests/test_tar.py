@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import os
 import tarfile
@@ -454,13 +453,11 @@ def zipped() -> bytes:
     ("data", "reason"),
     [
         (b"", "empty file (0 bytes)"),
-        (gzip.compress(SMALL), "gzip-compressed tar: decompress it first at byte 0"),
-        (b"\x28\xb5\x2f\xfd" + bytes(range(256)) * 3, "zstd-compressed tar: decompress it first at byte 0"),
         (zipped(), "a zip archive, not a tar at byte 0"),
         (b"<!DOCTYPE html>\n<html>404</html>", "not a tar file: truncated tar: 32 of 512 header bytes at byte 0"),
         (b"<!DOCTYPE html>\n<html>404</html>" * 40, "not a tar file: no valid tar header at byte 0"),
     ],
-    ids=["empty", "gzip", "zstd", "zip", "short html", "html"],
+    ids=["empty", "zip", "short html", "html"],
 )
 def test_scan_tar_says_what_is_no_tar(data: bytes, reason: str) -> None:
     found = scan(data)

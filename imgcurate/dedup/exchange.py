@@ -8,8 +8,10 @@ goes on.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,7 +27,7 @@ from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.kmeans import fit_centroids
 from imgcurate.dedup.passes import REFERENCE_BIT, Rows
 from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, printable
 from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
 
 __all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner"]
@@ -90,7 +92,8 @@ class Exchange:
     """The rows of a catalog, and of reference sets, by bucket; picklable, so that tasks carry it.
 
     Files in the scratch folder: ``sample/<part>`` (rows for k-means), ``centroids``, ``rows.json``,
-    ``plan.json`` and ``exchange/<part>`` (unit rows with cluster and preference, a batch per bucket).
+    ``names.json`` (of shards that share a stem), ``plan.json`` and ``exchange/<part>`` (unit rows with
+    cluster and preference, a batch per bucket).
     Parts of the reference sets are numbered on after those of the catalog.
 
     Attributes
@@ -129,6 +132,7 @@ class Exchange:
         n_rows = sum(c["rows"] for c in counts.values())
         own = sum(counts[n]["rows"] for n in range(self.catalog.n_parts))
         self.scratch.write_json("rows", {"rows": n_rows, "own": own})
+        self.scratch.write_json("names", _alike({s for c in counts.values() for s in c["shards"]}))
         if not n_rows:
             self.scratch.write_json("plan", {"starts": []})
             return
@@ -174,8 +178,9 @@ class Exchange:
 
     def _count(self, part: int) -> dict[str, Any]:
         catalog, number, _ = self._source(part)
-        status = catalog.read(number, [schema.STATUS])[schema.STATUS]
-        return {"rows": pc.sum(pc.equal(status, schema.STATUS_OK)).as_py() or 0}
+        table = catalog.read(number, [schema.STATUS, schema.SHARD])
+        rows = pc.sum(pc.equal(table[schema.STATUS], schema.STATUS_OK)).as_py() or 0
+        return {"rows": rows, "shards": pc.unique(table[schema.SHARD]).to_pylist()}
 
     def _sample(self, part: int) -> dict[str, Any]:
         name = f"sample/{part:05d}"
@@ -228,7 +233,7 @@ class Exchange:
         table, x, uid = table.filter(pa.array(valid)), x[valid], uid[valid]
         # What stays in any case needs no preference.
         values = {c: np.zeros(len(uid)) if is_reference else _numbers(table, c) for c in columns}
-        names = _names(table)
+        names = _names(table, self.scratch.read_json("names"))
         rows = make_rows(x, uid, names, values, centroids, self.config, get_backend(self.device))
         self.scratch.write(name, self.by_bucket(rows))
         return {}
@@ -248,12 +253,34 @@ class Exchange:
         return starts
 
 
-def _names(table: pa.Table) -> npt.NDArray[Any]:
-    """Return how samples are named in words: ``<shard stem>/<key>``."""
+def _names(table: pa.Table, alike: Mapping[str, str]) -> npt.NDArray[Any]:
+    """Return how samples are named in words: ``<shard stem>/<key>``, more of the shard's path if it is in `alike`."""
     shards, keys = table[schema.SHARD].to_pylist(), table[schema.KEY].to_pylist()
-    stems = {s: s.rsplit("/", 1)[-1].split(".", 1)[0] for s in set(shards)}
+    stems = {s: printable(alike.get(s, _stem(s))) for s in set(shards)}
     names = np.empty(len(keys), dtype=object)
-    names[:] = [f"{stems[s]}/{k}" for s, k in zip(shards, keys, strict=True)]
+    names[:] = [f"{stems[s]}/{printable(k)}" for s, k in zip(shards, keys, strict=True)]
+    return names
+
+
+def _stem(url: str) -> str:
+    return url.rsplit("/", 1)[-1].split(".", 1)[0]
+
+
+def _alike(urls: Iterable[str]) -> dict[str, str]:
+    """Return, for the shards that share a stem, as much of the end of each path as tells them apart."""
+    names: dict[str, str] = {}
+    groups = [list(urls)]
+    depth = 0
+    while groups:
+        by_name: dict[str, list[str]] = defaultdict(list)
+        for url in itertools.chain.from_iterable(groups):
+            parts = url.split("/")
+            # Shards of one folder whose names differ behind the dot.
+            whole = depth >= len(parts)
+            by_name[url if whole else "/".join([*parts[-depth - 1 : -1], _stem(url)])].append(url)
+        names |= {group[0]: name for name, group in by_name.items() if len(group) == 1 and depth}
+        groups = [group for group in by_name.values() if len(group) > 1]
+        depth += 1
     return names
 
 

@@ -179,7 +179,7 @@ class _Results:
         self._sizes[schema.WIDTH][positions] = decoded.widths
         self._sizes[schema.HEIGHT][positions] = decoded.heights
         for i in np.flatnonzero(~decoded.ok):
-            self._status[positions[i]] = schema.STATUS_DECODE_ERROR
+            self._status[positions[i]] = decoded.statuses[i]
             self._reason[positions[i]] = decoded.reasons[i]
 
     def take_drops(self, k: int, stage: ProcessingStage, positions: npt.NDArray[np.int64], batch: ImageBatch) -> None:

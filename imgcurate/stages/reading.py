@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -15,17 +17,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcurate import schema
+from imgcurate.archives import Archives
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
 from imgcurate.decode import MAX_ASPECT_RATIO, MAX_PIXELS, Decoded, borrow_decoder
 from imgcurate.errors import ConfigError
+from imgcurate.folders import file_url
+from imgcurate.inputs import find_shards
+from imgcurate.shards import Shard
+from imgcurate.sidecars import SidecarColumns, Sidecars, find_sidecars
 from imgcurate.stages.base import IMAGE, Stage
-from imgcurate.storage import Source, open_source, read_ahead, read_ranges
+from imgcurate.storage import is_local, read_ahead, read_bytes, read_ranges
 
 __all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
 
 _T = TypeVar("_T")
 _MAX_CHUNK_BYTES: Final = 128 * 1024**2
+_FILE_THREADS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -35,21 +43,36 @@ class FilePartitioningStage(Stage):
     Attributes
     ----------
     file_paths : str or sequence of str
-        Paths or fsspec URLs of tar shards; braces and globs expand.
+        Paths or fsspec URLs of tars, Parquet or Arrow files with a column of images, folders of either or
+        of images; braces and globs expand. See :mod:`imgcurate.inputs`.
     files_per_partition : int
         Shards per partition, the unit of work, of retry and of the checkpoint.
     storage_options : mapping, optional
         Passed to fsspec (credentials, endpoint).
+    sidecar_columns : "auto" or sequence of str
+        Columns to join from the Parquet files beside tars; see :func:`read_webdataset`.
     """
 
     file_paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     files_per_partition: int = 1
     # Not shown, for it may hold secrets.
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    sidecar_columns: SidecarColumns = "auto"
 
     def __post_init__(self) -> None:
         if self.files_per_partition < 1:
             raise ConfigError(f"files_per_partition={self.files_per_partition} should be >= 1")
+
+    def find(self, taken: Iterable[str] = ()) -> tuple[list[Shard], Sidecars]:
+        """Find the shards and the columns of their sidecars; `taken` are names that these cannot have.
+
+        Raises
+        ------
+        InputError
+            If a pattern matches nothing, or names something of an unknown kind.
+        """
+        shards = find_shards(self.file_paths, self.storage_options)
+        return shards, find_sidecars(shards, self.sidecar_columns, self.storage_options, taken=taken)
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,8 @@ class ImageReaderStage(Stage):
     max_aspect_ratio : float
         So are images whose longer side is more than so many times the shorter one: resized to the
         encoder's input they would be enormous.
+    min_size : int
+        Images whose shorter side has fewer pixels get the status ``too_small``.
     max_image_bytes : int
         Image members with more bytes are refused before they are read.
     text_columns : sequence of str
@@ -79,6 +104,7 @@ class ImageReaderStage(Stage):
     num_threads: int | None = None
     max_pixels: int = MAX_PIXELS
     max_aspect_ratio: float = MAX_ASPECT_RATIO
+    min_size: int = 1
     max_image_bytes: int = 256 * 1024**2
     text_columns: Sequence[str] = ()
     num_gpus_per_worker: float = 1.0
@@ -90,7 +116,7 @@ class ImageReaderStage(Stage):
             raise ConfigError(f"dali_batch_size={self.dali_batch_size} should be >= 1")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads={self.num_threads} should be >= 1")
-        for name in ("max_pixels", "max_aspect_ratio", "max_image_bytes"):
+        for name in ("max_pixels", "max_aspect_ratio", "min_size", "max_image_bytes"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} should be >= 1")
         if not 0 < self.num_gpus_per_worker <= 1:
@@ -147,6 +173,7 @@ def read_pixels(
     with borrow_decoder(
         views, backend, batch_size=size, num_threads=threads,
         max_pixels=reader.max_pixels, max_aspect_ratio=reader.max_aspect_ratio,
+        min_size=reader.min_size,
     ) as decoder:  # fmt: skip
         chunks = prefetch(_read_chunks(table, wanted, size, storage_options), depth=1)
         yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
@@ -155,7 +182,9 @@ def read_pixels(
 def _refused(nbytes: npt.NDArray[np.int64], limit: int) -> Decoded:
     reasons = [f"{n:,} bytes, over the limit of {limit:,} (max_image_bytes)" for n in nbytes.tolist()]
     n = len(reasons)
-    return Decoded(np.zeros(n, bool), {}, reasons, np.zeros(n, np.int32), np.zeros(n, np.int32))
+    return Decoded(
+        np.zeros(n, bool), {}, reasons, np.zeros(n, np.int32), np.zeros(n, np.int32), [schema.STATUS_DECODE_ERROR] * n
+    )
 
 
 def _cut(wanted: npt.NDArray[np.int64], lengths: Sequence[int], size: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -175,32 +204,30 @@ def _cut(wanted: npt.NDArray[np.int64], lengths: Sequence[int], size: int) -> It
 def _read_chunks(
     table: pa.Table, wanted: npt.NDArray[np.int64], size: int, storage_options: Mapping[str, Any] | None
 ) -> Iterator[_Chunk]:
-    shards = table[schema.SHARD].to_pylist()
-    offsets = table[schema.OFFSET].to_pylist()
-    lengths = table[schema.NBYTES].to_pylist()
-    source: Source | None = None
-    try:
+    rows = table.select([schema.SHARD, schema.FILES, schema.OFFSET, schema.NBYTES]).to_pydict()
+    shards, files, offsets, lengths = rows.values()
+    last = None
+    with Archives(storage_options, limit=1) as archives:
         for positions in _cut(wanted, lengths, size):
             chunk = _Chunk(positions)
-            first = 0
-            while first < len(chunk.positions):
-                url = shards[chunk.positions[first]]
-                last = first
-                while last < len(chunk.positions) and shards[chunk.positions[last]] == url:
-                    last += 1
-                if source is None or source.url != url:
-                    if source is not None:
-                        source.close()
-                    source = open_source(url, storage_options)
-                    if (following := _next_shard(shards, wanted, url)) is not None:
-                        read_ahead(following, storage_options)
-                rows = chunk.positions[first:last]
-                chunk.blobs.extend(read_ranges(source, [(offsets[i], lengths[i]) for i in rows]))
-                first = last
+            for url, group in itertools.groupby(positions.tolist(), key=shards.__getitem__):
+                members = list(group)
+                if files[members[0]] is not None:
+                    chunk.blobs.extend(_read_files([file_url(url, files[i][0]) for i in members], storage_options))
+                    continue
+                if url != last and (following := _next_shard(shards, wanted, url)) is not None:
+                    read_ahead(following, storage_options)
+                last = url
+                chunk.blobs.extend(read_ranges(archives(url), [(offsets[i], lengths[i]) for i in members]))
             yield chunk
-    finally:
-        if source is not None:
-            source.close()
+
+
+def _read_files(urls: Sequence[str], storage_options: Mapping[str, Any] | None) -> list[bytes]:
+    """Read whole files: on this machine one by one, from elsewhere at the same time."""
+    if all(map(is_local, urls)):
+        return [read_bytes(url) for url in urls]
+    with ThreadPoolExecutor(_FILE_THREADS) as pool:
+        return list(pool.map(lambda url: read_bytes(url, storage_options), urls))
 
 
 def _next_shard(shards: Sequence[str], wanted: npt.NDArray[np.int64], url: str) -> str | None:

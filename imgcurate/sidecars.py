@@ -1,0 +1,177 @@
+"""Parquet files beside tars, as img2dataset writes them: ``00000.tar`` and ``00000.parquet``, joined by key.
+
+A column comes under its own name; if imgcurate or a stage has a column of that name, as ``source_<name>``.
+Columns of lists, structs and the like come as JSON text. Samples of which the sidecar tells nothing have
+nulls. The sidecars that imgcurate itself writes are joined only by name, not by ``"auto"``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgcurate import schema
+from imgcurate.errors import ConfigError, InputError
+from imgcurate.shards import TAR_ENDINGS, Shard
+from imgcurate.storage import StorageError, StorageOptions, exists, open_source
+from imgcurate.streams import SourceFile
+
+__all__ = ["NO_SIDECARS", "SidecarColumns", "Sidecars", "find_sidecars"]
+
+SidecarColumns = Literal["auto"] | Sequence[str]
+"""``"auto"``, or names of columns; an empty sequence joins nothing."""
+
+_KEY: Final = "key"
+_OURS: Final = frozenset({schema.UID, "source_key"})
+_LOOKED_AT: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecars:
+    """Which columns are joined from sidecars; small and picklable, so tasks carry it.
+
+    Attributes
+    ----------
+    columns : tuple of (str, str, pa.DataType)
+        Name in the sidecar, name in the frame, type in the frame.
+    """
+
+    columns: tuple[tuple[str, str, pa.DataType], ...] = ()
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Arrow types by name in the frame."""
+        return {name: type_ for _, name, type_ in self.columns}
+
+    def join(self, table: pa.Table, shard: Shard, storage_options: StorageOptions | None = None) -> pa.Table:
+        """Return the index of a shard with the columns of its sidecar.
+
+        Raises
+        ------
+        InputError
+            If the sidecar is damaged, or a column holds another type than that of the other shards.
+        """
+        if not self.columns:
+            return table
+        url = _sidecar_url(shard)
+        found = _read(url, storage_options) if url is not None and exists(url, storage_options) else None
+        if found is None or _KEY not in found.column_names:
+            for _, name, type_ in self.columns:
+                table = table.append_column(name, pa.nulls(len(table), type_))
+            return table
+        rows = pc.index_in(table[schema.KEY], found[_KEY].cast(pa.string()).combine_chunks())
+        for source, name, type_ in self.columns:
+            column = pa.nulls(len(table), type_)
+            if source in found.column_names:
+                column = _cast(found[source], type_, f"{url}: column {source!r}").take(rows)
+            table = table.append_column(name, column)
+        return table
+
+
+NO_SIDECARS: Final = Sidecars()
+
+
+def find_sidecars(
+    shards: Sequence[Shard],
+    columns: SidecarColumns,
+    storage_options: StorageOptions | None = None,
+    *,
+    taken: Iterable[str] = (),
+) -> Sidecars:
+    """Find out which columns the sidecars of some shards have.
+
+    Parameters
+    ----------
+    shards : sequence of Shard
+        The input; up to 16 of them, evenly spread, are looked at.
+    columns : "auto" or sequence of str
+        What to join; see :data:`SidecarColumns`.
+    storage_options : mapping, optional
+        Passed to fsspec.
+    taken : iterable of str
+        Names of columns that the frame will have besides imgcurate's own.
+
+    Raises
+    ------
+    ConfigError
+        If a column that is named is in no sidecar that was looked at.
+    """
+    if isinstance(columns, str) and columns != "auto":
+        raise ConfigError(f"sidecar_columns={columns!r} should be 'auto' or a sequence of names, such as ('url',)")
+    if columns != "auto" and not columns:
+        return NO_SIDECARS
+    schemas = list(_schemas(shards, storage_options, columns == "auto"))
+    try:
+        merged = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
+    except pa.ArrowException as exc:
+        raise InputError(f"the sidecars of {shards[0].url} and others differ: {exc}; name sidecar_columns") from exc
+    names = [n for n in merged.names if n != _KEY] if columns == "auto" else list(columns)
+    missing = [n for n in names if n not in merged.names]
+    if missing:
+        there = ", ".join(merged.names) or "no sidecar was found"
+        raise ConfigError(f"sidecar_columns: no column {missing[0]!r} beside the shards: {there}")
+    used = {*schema.COLUMNS, *taken, "source_key"}
+    out = []
+    for name in names:
+        shown = f"source_{name}" if name in used else name
+        used.add(shown)
+        out.append((name, shown, _frame_type(merged.field(name).type)))
+    return Sidecars(tuple(out))
+
+
+def _schemas(shards: Sequence[Shard], storage_options: StorageOptions | None, auto: bool) -> Iterable[pa.Schema]:
+    step = max(1, len(shards) // _LOOKED_AT)
+    for shard in shards[::step][:_LOOKED_AT]:
+        url = _sidecar_url(shard)
+        if url is None or not exists(url, storage_options):
+            continue
+        found = _read(url, storage_options, schema_only=True)
+        if _KEY in found.names and not (auto and set(found.names) >= _OURS):
+            yield found.remove_metadata()
+
+
+def _sidecar_url(shard: Shard) -> str | None:
+    ending = next((e for e in TAR_ENDINGS if shard.url.lower().endswith(e)), None)
+    return None if shard.files or ending is None else shard.url[: -len(ending)] + ".parquet"
+
+
+def _read(url: str, storage_options: StorageOptions | None, *, schema_only: bool = False) -> Any:
+    try:
+        source = open_source(url, storage_options)
+        try:
+            file = SourceFile(source)
+            return pq.read_schema(file) if schema_only else pq.read_table(file)
+        finally:
+            source.close()
+    except (pa.ArrowException, OSError, StorageError) as exc:
+        raise InputError(f"cannot read {url}, the sidecar of a shard: {exc}") from exc
+
+
+def _frame_type(type_: pa.DataType) -> pa.DataType:
+    """Return the type that a column has in the frame: numbers and booleans their own, all else text."""
+    if pa.types.is_boolean(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_):
+        return type_
+    return pa.string()
+
+
+def _cast(column: pa.ChunkedArray, type_: pa.DataType, where: str) -> pa.ChunkedArray:
+    try:
+        if pa.types.is_string(type_) and (pa.types.is_nested(column.type) or pa.types.is_binary(column.type)):
+            return pa.chunked_array([pa.array([_text(v) for v in column.to_pylist()], pa.string())])
+        return column.cast(type_)
+    except pa.ArrowException as exc:
+        raise InputError(f"{where} is {column.type}, and {type_} in other shards: {exc}") from exc
+
+
+def _text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return json.dumps(value, ensure_ascii=False, default=str)

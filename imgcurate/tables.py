@@ -1,0 +1,361 @@
+"""Parquet and Arrow files with a column of encoded images -> samples, one per row.
+
+A row is read as the piece of a tar that it would make, so that indexing, decoding and export go the
+way of tar shards:
+
+- The *image* is the column that the Hugging Face metadata call an image, else the first struct of
+  ``bytes`` and ``path``, else a binary column called as in :data:`IMAGE_COLUMNS`, else the only binary one.
+- The *key* is the column ``__key__`` or ``key``, else the image's path, else ``file_name``, ``image_id``
+  or ``id``, else the name of the file and the number of the row. An extension is cut off, dots in the base
+  name become ``_``, ``..`` is left out.
+- A column ``caption``, ``text`` or ``txt`` is the member ``txt``; all columns that are not binary are the
+  member ``json``; other binary columns are members of their own, ``mask.png``.
+
+Offsets are those of that tar; those of row group `g` begin at ``g << 40``.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgcurate.errors import InputError
+from imgcurate.storage import Source, StorageOptions, open_source
+from imgcurate.streams import UNKNOWN_SIZE, DamagedStreamError, ForwardSource, SourceFile
+from imgcurate.tar import Damage, Members, TarScan
+from imgcurate.tar_blocks import BLOCK, PLAIN_HEADER, padding, tar_header
+
+__all__ = ["IMAGE_COLUMNS", "TableSource", "check_table", "image_column", "is_table"]
+
+IMAGE_COLUMNS: Final = ("image", "image_bytes", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_data", "content")
+_KEY_COLUMNS: Final = ("__key__", "key")
+_NAME_COLUMNS: Final = ("file_name", "filename", "image_id", "id")
+_CAPTION_COLUMNS: Final = ("caption", "text", "txt", "TEXT")
+_PARQUET_MAGIC: Final = b"PAR1"
+_ARROW_MAGIC: Final = b"ARROW1"
+_STREAM_MAGIC: Final = b"\xff\xff\xff\xff"
+_SEGMENT_BITS: Final = 40
+_BATCH_ROWS: Final = 64
+_BUFFER_BYTES: Final = 1024 * 1024
+_MAGICS: Final = (
+    (0, b"\xff\xd8\xff", "jpg"), (0, b"\x89PNG", "png"), (8, b"WEBP", "webp"), (0, b"GIF8", "gif"), (0, b"BM", "bmp"),
+    (0, b"II*\0", "tif"), (0, b"MM\0*", "tif"), (8, b"avif", "avif"), (8, b"heic", "heic"), (4, b"jP  ", "jp2"),
+)  # fmt: skip
+
+_Row = list[tuple[str, Any]]
+
+
+def is_table(head: bytes) -> bool:
+    """Return whether a file that begins with `head` is a Parquet or Arrow file."""
+    return head.startswith((_PARQUET_MAGIC, _ARROW_MAGIC, _STREAM_MAGIC))
+
+
+def check_table(url: str, storage_options: StorageOptions | None = None) -> None:
+    """Check that a table has a column of images; one that is damaged passes, for it becomes a row.
+
+    Raises
+    ------
+    InputError
+        If it has none.
+    """
+    source = open_source(url, storage_options)
+    try:
+        schema = _open(source).schema
+    except DamagedStreamError:
+        return
+    finally:
+        source.close()
+    _Layout.of(schema, url)
+
+
+def image_column(schema: pa.Schema) -> str | None:
+    """Return the column with the encoded images, by the rules above; None if there is none."""
+    names = [f.name for f in schema if _is_binary(f.type) or _is_image_struct(f.type)]
+    structs = [n for n in names if _is_image_struct(schema.field(n).type)]
+    for candidates in (_features(schema), structs, IMAGE_COLUMNS):
+        found = [n for n in candidates if n in names]
+        if found:
+            return found[0]
+    return names[0] if len(names) == 1 else None
+
+
+class TableSource:
+    """A Parquet or Arrow file as the tar that its rows would make; see the rules above.
+
+    Parameters
+    ----------
+    source : Source
+        The file; closed with this object.
+
+    Raises
+    ------
+    DamagedStreamError
+        If it cannot be read.
+    InputError
+        If it has no column of images.
+
+    Notes
+    -----
+    Memory is 64 rows and a buffer per column. Reading forward within a row group is cheap; going back
+    begins the row group anew.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.url, self.size = source.url, UNKNOWN_SIZE
+        self._source = source
+        self._file = _open(source)
+        self._layout = _Layout.of(self._file.schema, source.url)
+        self._segment: tuple[int, ForwardSource] | None = None
+
+    def scan(self) -> tuple[TarScan, np.ndarray]:
+        """Return the members of all rows, and of each the number of its row.
+
+        What is damaged is told by the scan's ``damage``: the rows before are there.
+        """
+        names: list[bytes] = []
+        spans: list[tuple[int, int, int, int]] = []
+        rows: list[int] = []
+        number, position, damage = 0, 0, None
+        try:
+            for group in range(self._file.n_groups):
+                position = group << _SEGMENT_BITS
+                for row in self._rows(group):
+                    for name, data in row:
+                        raw, size = name.encode("utf-8", "surrogateescape"), len(data)
+                        start = position + _header_bytes(name, len(raw), size)
+                        end = start + size + -size % BLOCK
+                        names.append(raw + b"\0")
+                        spans.append((position, start, size, end))
+                        rows.append(number)
+                        position = end
+                    number += 1
+        except DamagedStreamError as exc:
+            damage = Damage(position, str(exc), "")
+        columns = np.array(spans, np.int64).reshape(-1, 4).T
+        return TarScan(Members(b"".join(names), *columns), [], damage), np.array(rows, np.int64)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, fewer only where a row group ends."""
+        group, within = offset >> _SEGMENT_BITS, offset & (1 << _SEGMENT_BITS) - 1
+        if self._segment is None or self._segment[0] != group:
+            blocks = functools.partial(self._blocks, group)
+            self._segment = group, ForwardSource(self.url, blocks, lambda: None)
+        return self._segment[1].pread(within, length)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._segment = None
+        self._source.close()
+
+    def _blocks(self, group: int) -> Iterator[bytes]:
+        for row in self._rows(group):
+            for name, data in row:
+                yield b"".join((tar_header(name, len(data), PLAIN_HEADER), data, padding(len(data))))
+
+    def _rows(self, group: int) -> Iterator[_Row]:
+        number = self._file.first_row(group)
+        try:
+            for batch in self._file.batches(group):
+                yield from self._layout.rows(batch, number)
+                number += len(batch)
+        except (pa.ArrowException, OSError) as exc:
+            raise DamagedStreamError(f"damaged table: row group {group}, row {number:,}: {exc}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Which column is what.
+
+    Attributes
+    ----------
+    image : str
+        The encoded images.
+    binaries : tuple of str
+        Other columns of bytes.
+    key, caption : str or None
+        The columns of keys and captions.
+    stem : str
+        What keys begin with where the rows have none.
+    """
+
+    image: str
+    binaries: tuple[str, ...]
+    key: str | None
+    caption: str | None
+    stem: str
+
+    @staticmethod
+    def of(schema: pa.Schema, url: str) -> _Layout:
+        image = image_column(schema)
+        if image is None:
+            raise InputError(
+                f"{url} has no column of images among {', '.join(schema.names)}: expected a struct of bytes and path, "
+                f"or a binary column called {', '.join(IMAGE_COLUMNS[:4])} ..."
+            )
+        binaries = tuple(f.name for f in schema if (_is_binary(f.type) or _is_image_struct(f.type)) and f.name != image)
+        has_path = _is_image_struct(schema.field(image).type)
+        key = _first(schema, _KEY_COLUMNS) or (None if has_path else _first(schema, _NAME_COLUMNS))
+        caption = next((n for n in _CAPTION_COLUMNS if n in schema.names and _is_text(schema.field(n).type)), None)
+        stem = url.rsplit("/", 1)[-1].rpartition(".")[0]
+        return _Layout(image, binaries, key, caption, stem)
+
+    def rows(self, batch: pa.RecordBatch, first_row: int) -> Iterator[_Row]:
+        """Return the members, (name, bytes) each, of the rows of a batch."""
+        images = _Bytes(batch[self.image])
+        others = {name: _Bytes(batch[name]) for name in self.binaries}
+        plain = [n for n in batch.schema.names if n != self.image and n not in self.binaries]
+        records = batch.select(plain).to_pylist() if plain else [{}] * len(batch)
+        for i, record in enumerate(records):
+            path, image = images.path(i), images.data(i)
+            name = path if self.key is None else record[self.key]
+            key = _clean_key(name) or f"{_clean_key(self.stem)}/{first_row + i:09d}"
+            members: _Row = []
+            if image is not None:
+                members.append((f"{key}.{_extension(image, path)}", image))
+            if self.caption is not None and record[self.caption] is not None:
+                members.append((f"{key}.txt", record[self.caption].encode()))
+            if path is not None:
+                record = {self.image: path, **record}
+            if record or not members:
+                members.append((f"{key}.json", json.dumps(record, ensure_ascii=False, default=_plain).encode()))
+            for column, values in others.items():
+                data = values.data(i)
+                if data is not None:
+                    members.append((f"{key}.{_word(column)}.{_extension(data, values.path(i), 'bin')}", data))
+            yield members
+
+
+class _Bytes:
+    """A column of bytes, or of structs of bytes and path, without copies."""
+
+    def __init__(self, column: pa.Array) -> None:
+        self._paths: list[str | None] = [None] * len(column)
+        if pa.types.is_struct(column.type):
+            if column.type.get_field_index("path") >= 0:
+                self._paths = pc.struct_field(column, "path").to_pylist()
+            column = pc.struct_field(column, "bytes")
+        self._column = column
+
+    def data(self, i: int) -> Any:
+        scalar = self._column[i]
+        return memoryview(scalar.as_buffer()) if scalar.is_valid else None
+
+    def path(self, i: int) -> str | None:
+        return self._paths[i]
+
+
+def _clean_key(name: object) -> str:
+    """Return a key made of a name or path; empty if there is nothing to make one of."""
+    if name is None:
+        return ""
+    parts = [p for p in str(name).replace("\0", "_").split("/") if p not in ("", ".", "..")]
+    if not parts:
+        return ""
+    stem, dot, ext = parts[-1].rpartition(".")
+    base = stem if dot and stem and len(ext) <= 5 and ext.isalnum() and not ext.isdigit() else parts[-1]
+    return "/".join([*parts[:-1], base.replace(".", "_")])
+
+
+def _word(column: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in column.lower()) or "_"
+
+
+def _extension(data: Any, path: str | None, otherwise: str = "jpg") -> str:
+    head = bytes(data[:16])
+    for offset, magic, ext in _MAGICS:
+        if head[offset : offset + len(magic)] == magic:
+            return ext
+    ext = (path or "").rpartition(".")[2].lower()
+    return ext if path and "." in path and ext.isalnum() and len(ext) <= 5 else otherwise
+
+
+def _plain(value: object) -> object:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _header_bytes(name: str, name_bytes: int, size: int) -> int:
+    return BLOCK if name_bytes <= 100 and size < 8**11 else len(tar_header(name, size, PLAIN_HEADER))
+
+
+def _first(schema: pa.Schema, names: Sequence[str]) -> str | None:
+    return next((n for n in names if n in schema.names and not pa.types.is_nested(schema.field(n).type)), None)
+
+
+def _is_binary(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_))
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
+
+
+def _is_image_struct(type_: pa.DataType) -> bool:
+    at = type_.get_field_index("bytes") if pa.types.is_struct(type_) else -1
+    return at >= 0 and _is_binary(type_.field(at).type)
+
+
+def _features(schema: pa.Schema) -> list[str]:
+    """Return the columns that the metadata of the Hugging Face library call images."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [name for name, feature in features.items() if feature.get("_type") == "Image"]
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return []
+
+
+class _ParquetRows:
+    def __init__(self, source: Source) -> None:
+        self._file = pq.ParquetFile(SourceFile(source), buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        self.schema = self._file.schema_arrow
+        self.n_groups = self._file.num_row_groups
+
+    def first_row(self, group: int) -> int:
+        return sum(self._file.metadata.row_group(g).num_rows for g in range(group))
+
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        yield from self._file.iter_batches(_BATCH_ROWS, row_groups=[group], use_threads=False)
+
+
+class _ArrowRows:
+    """An Arrow file or stream, which is one group: its batches can be of any size."""
+
+    n_groups = 1
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.schema = self._reader().schema
+
+    def _reader(self) -> Any:
+        file = SourceFile(self._source)
+        if self._source.pread(0, len(_ARROW_MAGIC)) == _ARROW_MAGIC:
+            return pa.ipc.open_file(file)
+        return pa.ipc.open_stream(file)
+
+    def first_row(self, group: int) -> int:
+        del group
+        return 0
+
+    def batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        del group
+        reader = self._reader()
+        numbered = hasattr(reader, "get_batch")
+        all_ = map(reader.get_batch, range(reader.num_record_batches)) if numbered else reader
+        for batch in all_:
+            for start in range(0, len(batch), _BATCH_ROWS):
+                yield batch.slice(start, _BATCH_ROWS)
+
+
+def _open(source: Source) -> Any:
+    try:
+        return (_ParquetRows if source.pread(0, 4) == _PARQUET_MAGIC else _ArrowRows)(source)
+    except (pa.ArrowException, OSError) as exc:
+        raise DamagedStreamError(f"not a readable Parquet or Arrow file: {exc}") from exc

@@ -1,0 +1,409 @@
+"""What is read besides tars: folders, tables of images, sidecars; from the names to the exported shards."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_pipeline import checksums, output_members, tiny_pipeline
+
+import imgcurate as ic
+from imgcurate import schema
+from imgcurate.archives import Archives
+from imgcurate.errors import ConfigError, InputError
+from imgcurate.folders import file_name, list_folder, quoted
+from imgcurate.inputs import describe_shards, find_shards
+from imgcurate.inspection import inspect_shards
+from imgcurate.shards import Shard, index_shard
+from imgcurate.sidecars import find_sidecars
+from imgcurate.tables import image_column
+
+
+def column(table: pa.Table, name: str) -> list[Any]:
+    return table[name].to_pylist()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photos: list[Image.Image], encode) -> Path:
+    """Return a folder of images in two levels, with captions, odd names and files that are no samples."""
+    top = tmp_path / "photos"
+    for i, photo in enumerate(photos[:12]):
+        path = top / f"class{i % 3}" / f"{i:03d}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo))
+        path.with_suffix(".txt").write_text(f"caption {i}")
+    (top / "a b%20\u00fc.png").write_bytes(encode(photos[12], "PNG"))
+    Path(os.fsdecode(os.fsencode(top) + b"/\xff.jpg")).write_bytes(encode(photos[13]))
+    (top / "broken.jpg").write_bytes(encode(photos[14])[:500])
+    (top / "README.md").write_text("no image")
+    (top / ".hidden.jpg").write_bytes(b"x")
+    (top / ".cache").mkdir()
+    (top / ".cache" / "x.jpg").write_bytes(b"x")
+    os.mkfifo(top / "pipe.jpg")
+    (top / "gone.jpg").symlink_to(top / "nowhere.jpg")
+    return top
+
+
+def test_a_folder_of_images_is_curated_to_shards(folder: Path, client: Client, tmp_path: Path, read_tar) -> None:
+    result = tiny_pipeline(str(folder), text_columns=("txt",)).run(str(tmp_path / "OUT"), client=client)
+    catalog = result.catalog.compute().set_index("key")
+    assert result.counts == {"decode_error": 1, "no_image": 1, "ok": 14, "read_error": 1}
+    assert len(catalog) == result.samples == 17
+    assert catalog.txt["class1/004"] == "caption 4"
+    assert catalog.reason["gone"] == "member jpg: cannot read the file: No such file or directory"
+    assert catalog.reason["README"] == "no image among its members: md"
+    assert catalog.reason["broken"].startswith("truncated JPEG")
+    members = output_members(result, read_tar)
+    expected = {
+        n: (folder / n).read_bytes()
+        for n in list_folder(str(folder))
+        if n.startswith(("class", "a b")) or n == os.fsdecode(b"\xff.jpg")
+    }
+    assert members == expected
+    sidecar = pd.concat([pq.read_table(s.replace(".tar", ".parquet")).to_pandas() for s in result.shards])
+    assert set(sidecar.key) == set(catalog.index[catalog.status == "ok"])
+
+
+def test_a_folder_gives_the_same_output_for_any_partitions(folder: Path, client: Client, tmp_path: Path) -> None:
+    a = tiny_pipeline(str(folder)).run(str(tmp_path / "a"), client=client)
+    b = tiny_pipeline([str(p) for p in (folder,)], files_per_partition=3).run(str(tmp_path / "b"), client=client)
+    assert (a.counts, checksums(tmp_path / "a")) == (b.counts, checksums(tmp_path / "b"))
+
+
+def test_samples_of_one_key_are_told_apart_in_exported_files(
+    photos, encode, client: Client, tmp_path: Path, read_tar
+) -> None:
+    for name, photo in (("one", photos[0]), ("two", photos[1])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(encode(photo))
+        (tmp_path / name / "x.txt").write_text(name)
+    inputs = [str(tmp_path / "one" / "*.jpg"), str(tmp_path / "one" / "x.txt"), str(tmp_path / "two")]
+    with pytest.raises(InputError, match=r"x\.txt is of an unknown kind"):
+        find_shards(inputs)
+    result = tiny_pipeline([inputs[0], inputs[2]]).run(str(tmp_path / "OUT"), client=client)
+    uid = 1 << 32
+    assert output_members(result, read_tar) == {
+        "x.jpg": encode(photos[0]), f"x_{uid}.jpg": encode(photos[1]), f"x_{uid}.txt": b"two",
+    }  # fmt: skip
+
+
+def test_files_that_change_under_a_run_are_an_error(folder: Path, client: Client, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(str(folder))
+    pipeline.run(str(tmp_path / "OUT"), client=client)
+    (folder / "class0" / "000.txt").write_text("another caption")
+    with pytest.raises(ConfigError, match="holds another run"):
+        pipeline.run(str(tmp_path / "OUT"), client=client)
+
+
+def test_a_sample_is_never_divided_between_shards(tmp_path: Path) -> None:
+    for i in range(700):
+        for ext in ("jpg", "json", "txt"):
+            (tmp_path / f"{i}.{ext}").write_bytes(b"x")
+        (tmp_path / f"{i}-x.jpg").write_bytes(b"x")
+    shards = find_shards(str(tmp_path))
+    assert [len({f.split(".")[0] for f in s.files}) for s in shards] == [256] * 5 + [120]
+    tables = [index_shard(s, i).table for i, s in enumerate(shards)]
+    table = pa.concat_tables(tables)
+    assert len(set(column(table, schema.KEY))) == len(table) == 1400
+    assert sum(map(len, column(table, schema.MEMBERS))) == 2800
+    assert column(tables[1], schema.UID) == list(range(1 << 32, (1 << 32) + 256))
+    assert describe_shards(shards) == describe_shards(shards)
+    before = describe_shards(shards)
+    (tmp_path / "699.txt").write_bytes(b"y!")
+    changed = [a != b for a, b in zip(before, describe_shards(find_shards(str(tmp_path))), strict=True)]
+    assert changed.count(True) == 1
+
+
+@given(st.binary(min_size=1, max_size=20).filter(lambda b: b"\0" not in b and b"/" not in b))
+def test_quoted_names_come_back(raw: bytes) -> None:
+    name = os.fsdecode(raw)
+    quoted(name).encode()
+    assert file_name(quoted(name)) == name
+
+
+def test_a_folder_stands_for_the_tars_in_it(shards: Path, tmp_path: Path) -> None:
+    assert [s.url for s in find_shards(str(shards))] == sorted(str(p) for p in shards.iterdir())
+    assert find_shards([str(shards), str(shards / "*.tar")]) == find_shards(str(shards))
+    with pytest.raises(InputError, match="holds no tar, no table and no image: expected a tar"):
+        find_shards(str(tmp_path))
+    (tmp_path / "page").write_bytes(b"<html>")
+    with pytest.raises(InputError, match="is of an unknown kind .*: expected a tar"):
+        find_shards(str(tmp_path / "page"))
+    tar = next(shards.glob("*.tar"))
+    (tmp_path / "shard-without-ending").write_bytes(tar.read_bytes())
+    assert find_shards(str(tmp_path / "shard-without-ending")) == [Shard(str(tmp_path / "shard-without-ending"))]
+
+
+# Tables
+
+
+def huggingface_table(photos, encode) -> pa.Table:
+    """Return a table as the datasets library writes it: a struct of bytes and path, and a label."""
+    images: list[Any] = [{"bytes": encode(p), "path": f"{i:04d}.jpg"} for i, p in enumerate(photos[:70])]
+    images[3] = {"bytes": None, "path": "elsewhere.jpg"}
+    images[5] = {"bytes": b"<html>404</html>", "path": "0005.jpg"}
+    images[7] = {"bytes": encode(photos[7], "PNG"), "path": None}
+    images[8] = None
+    image = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    n = len(images)
+    table = pa.table({
+        "label": pa.array(range(n)),
+        "image": image,
+        "text": [None if i == 9 else f"caption {i}" for i in range(n)],
+        "mask": [encode(Image.new("L", (4, 4), i), "PNG") if i < 2 else None for i in range(n)],
+    })  # fmt: skip
+    features = {"label": {"_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def write_table(table: pa.Table, path: Path) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=25)
+    elif path.name.startswith("stream"):
+        with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table, max_chunksize=9)
+    else:
+        with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+    return path
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00001.parquet", "data.arrow", "stream.arrow"])
+def test_a_table_of_images_is_curated_to_shards(
+    name: str, photos, encode, client: Client, tmp_path: Path, read_tar
+) -> None:
+    photos = [photos[i % 60].rotate(90 * (i // 60)) for i in range(70)]
+    write_table(huggingface_table(photos, encode), tmp_path / name)
+    result = tiny_pipeline(str(tmp_path / name), text_columns=("txt", "json")).run(str(tmp_path / "OUT"), client=client)
+    assert result.counts == {"decode_error": 1, "no_image": 2, "ok": 67}
+    catalog = result.catalog.compute()
+    stem = name.rpartition(".")[0]
+    assert catalog.key[:10].tolist() == [
+        "0000", "0001", "0002", "elsewhere", "0004", "0005", "0006", f"{stem}/000000007", f"{stem}/000000008", "0009",
+    ]  # fmt: skip
+    assert catalog.uid.tolist() == list(range(70))
+    assert catalog.txt[4] == "caption 4"
+    assert pd.isna(catalog.txt[9])
+    assert json.loads(catalog.json[0]) == {"image": "0000.jpg", "label": 0, "text": "caption 0"}
+    assert catalog.reason[5] == "not an image: text/html"
+    members = output_members(result, read_tar)
+    for i in (0, 1, 2, 4, 7, 69):
+        key = catalog.key[i]
+        image = encode(photos[i], "PNG") if i == 7 else encode(photos[i])
+        assert members[f"{key}.{'png' if i == 7 else 'jpg'}"] == image
+        assert members[f"{key}.txt"] == f"caption {i}".encode()
+    assert members["0001.mask.png"] == encode(Image.new("L", (4, 4), 1), "PNG")
+    assert not any(name.startswith("0005") for name in members)
+
+
+def test_a_table_is_the_tar_that_its_rows_make(photos, encode, tmp_path: Path) -> None:
+    path = write_table(huggingface_table([photos[i % 60] for i in range(70)], encode), tmp_path / "t.parquet")
+    table = index_shard(str(path), 0).table
+    with Archives() as archives:
+        # From the last to the first, so that each goes back.
+        for row in reversed(table.to_pylist()):
+            data = archives(str(path)).pread(*row["spans"])
+            with tarfile.open(fileobj=io.BytesIO(data + bytes(1024))) as tar:
+                names = tar.getnames()
+                assert names == [f"{row['key']}.{ext}" for ext in row["members"]]
+                if row["status"] == "ok":
+                    image = tar.extractfile(f"{row['key']}.{row['ext']}").read()
+                    assert archives(str(path)).pread(row["offset"], row["nbytes"]) == image
+
+
+def test_rows_of_one_key_stay_rows_of_their_own(photos, encode, tmp_path: Path) -> None:
+    table = pa.table({"key": ["a", "a", "b", "a"], "jpg": [encode(p) for p in photos[:3]] + [None], "n": [1, 2, 3, 4]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    index = index_shard(str(tmp_path / "t.parquet"), 0, texts=("json",)).table
+    assert column(index, schema.KEY) == ["a", "a", "b", "a"]
+    assert column(index, schema.STATUS) == ["ok", "ok", "ok", "no_image"]
+    assert [json.loads(j)["n"] for j in column(index, "json")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("a/b.c/d.jpg", "a/b.c/d"), ("../../etc/x", "etc/x"), ("/abs/x.png", "abs/x"), ("v1.2.jpg", "v1_2"),
+        ("https://x.org/i.jpeg", "https:/x.org/i"), ("a\0b", "a_b"), ("x.2024", "x_2024"), ("", "t/000000000"),
+        ("..", "t/000000000"), (None, "t/000000000"), ("n" * 300, "n" * 300), ("\u00e4", "\u00e4"),
+    ],
+)  # fmt: skip
+def test_keys_of_rows_name_members_that_are_read_back(key: str | None, expected: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": pa.array([key], pa.string()), "jpg": [b"\xff\xd8\xff"]}), tmp_path / "t.parquet")
+    index = index_shard(str(tmp_path / "t.parquet"), 0).table
+    assert (column(index, schema.KEY), column(index, schema.MEMBERS)) == ([expected], [["jpg", "json"]])
+
+
+def test_image_column_goes_by_metadata_type_and_name() -> None:
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    metadata = {"huggingface": json.dumps({"info": {"features": {"b": {"_type": "Image"}}}})}
+    cases: list[tuple[pa.Schema, str | None]] = [
+        (pa.schema([("a", struct), ("b", struct)]), "a"),
+        (pa.schema([("a", struct), ("b", struct)], metadata), "b"),
+        (pa.schema([("embedding", pa.binary()), ("jpg", pa.large_binary())]), "jpg"),
+        (pa.schema([("anything", pa.binary()), ("n", pa.int64())]), "anything"),
+        (pa.schema([("x", pa.binary()), ("y", pa.binary())]), None),
+        (pa.schema([("image", pa.string())]), None),
+        (pa.schema([("x", pa.binary())], {"huggingface": "not json"}), "x"),
+    ]
+    assert [image_column(s) for s, _ in cases] == [expected for _, expected in cases]
+
+
+def test_a_table_without_images_is_refused_before_the_run(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["x"], "n": [1]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="has no column of images among url, n: expected a struct"):
+        find_shards(str(tmp_path / "t.parquet"))
+
+
+def test_a_damaged_table_is_a_row(photos, encode, client: Client, tmp_path: Path) -> None:
+    table = huggingface_table([photos[i % 60] for i in range(70)], encode)
+    path = write_table(table, tmp_path / "b.parquet")
+    write_table(table.slice(0, 4), tmp_path / "a.parquet")
+    data = bytearray(path.read_bytes())
+    (tmp_path / "c.parquet").write_bytes(data[:5000])
+    at = data.find(encode(photos[40])[100:200])
+    group = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    data[group.data_page_offset : group.data_page_offset + 40] = b"\xff" * 40
+    assert at > 0
+    path.write_bytes(data)
+    result = tiny_pipeline(str(tmp_path / "*.parquet")).run(str(tmp_path / "OUT"), client=client)
+    catalog = result.catalog.compute()
+    assert catalog.groupby("shard").size().tolist() == [4, 26, 1]
+    reasons = catalog.reason[catalog.status == "tar_error"].tolist()
+    assert reasons[0].startswith("damaged table: row group 1, row 25: ")
+    assert reasons[1].startswith("not a readable Parquet or Arrow file: ")
+
+
+# Sidecars
+
+
+@pytest.fixture
+def img2dataset(tmp_path: Path, photos, encode, write_tar) -> Path:
+    """Return a folder as img2dataset leaves it: tars, Parquet files with a row per URL, stats."""
+    top = tmp_path / "laion"
+    for shard in range(2):
+        keys = [f"{shard:05d}{i:04d}" for i in range(6)]
+        samples = [
+            (k, {"jpg": encode(photos[6 * shard + i]), "txt": b"c", "json": b"{}"})
+            for i, k in enumerate(keys)
+            if i != 2
+        ]
+        write_tar(top / f"{shard:05d}.tar", samples)
+        frame = pd.DataFrame({
+            "key": keys, "url": [f"https://x.org/{k}.jpg" for k in keys], "caption": ["c"] * 6,
+            "status": ["failed_to_download" if i == 2 else "success" for i in range(6)],
+            "error_message": None, "width": range(6), "punsafe": [0.25 * i for i in range(6)],
+            "exif": ['{"Make": "x"}'] * 6,
+        })  # fmt: skip
+        frame["tags"] = [["a", str(i)] for i in range(6)]
+        frame.to_parquet(top / f"{shard:05d}.parquet")
+        (top / f"{shard:05d}_stats.json").write_text("{}")
+    return top
+
+
+def test_columns_of_sidecars_join_the_frame_and_the_output(img2dataset: Path, client: Client, tmp_path: Path) -> None:
+    result = tiny_pipeline(str(img2dataset)).run(str(tmp_path / "OUT"), client=client)
+    catalog = result.catalog.compute().set_index("key")
+    assert result.counts == {"ok": 10}
+    assert catalog.url["000010004"] == "https://x.org/000010004.jpg"
+    assert catalog.source_status["000000001"] == "success"
+    assert catalog.status["000000001"] == "ok"
+    assert catalog.source_width["000010005"] == 5
+    assert catalog.punsafe["000000003"] == 0.75
+    assert json.loads(catalog.tags["000000003"]) == ["a", "3"]
+    assert catalog.error_message.isna().all()
+    sidecar = pq.read_table(result.shards[0].replace(".tar", ".parquet"))
+    assert column(sidecar, "url")[:2] == ["https://x.org/000000000.jpg", "https://x.org/000000001.jpg"]
+    # What imgcurate wrote is read again without its own sidecars.
+    again = tiny_pipeline(str(tmp_path / "OUT" / "shards")).run(str(tmp_path / "again"), client=client)
+    assert again.counts == {"ok": 10}
+    assert "url" not in again.catalog.columns
+
+
+def test_sidecars_on_frames(img2dataset: Path) -> None:
+    ddf = ic.read_webdataset(str(img2dataset), sidecar_columns=("punsafe", "caption"))
+    frame = ddf.compute(scheduler="sync")
+    assert list(frame.columns[-2:]) == ["punsafe", "caption"]
+    assert frame.dtypes.to_dict() == ddf.dtypes.to_dict()
+    assert frame.punsafe.tolist() == [0.0, 0.25, 0.75, 1.0, 1.25] * 2
+    assert "punsafe" not in ic.read_webdataset(str(img2dataset), sidecar_columns=()).columns
+    with pytest.raises(ConfigError, match="no column 'nsfw' beside the shards: key, url"):
+        ic.read_webdataset(str(img2dataset), sidecar_columns=("nsfw",))
+    with pytest.raises(ConfigError, match="should be 'auto' or a sequence"):
+        ic.read_webdataset(str(img2dataset), sidecar_columns="url")
+
+
+def test_shards_without_a_sidecar_have_nulls(img2dataset: Path) -> None:
+    both = [str(img2dataset / "*.tar"), str(img2dataset / "*.parquet")]
+    assert find_shards(both) == find_shards(str(img2dataset))
+    (img2dataset / "00001.parquet").unlink()
+    frame = ic.read_webdataset(str(img2dataset)).compute(scheduler="sync")
+    assert frame.url.isna().tolist() == [False] * 5 + [True] * 5
+
+
+def test_a_sidecar_that_disagrees_or_is_damaged_is_an_error(img2dataset: Path) -> None:
+    shards = find_shards(str(img2dataset))
+    sidecars = find_sidecars(shards[:1], "auto")
+    pq.write_table(pa.table({"key": ["000010000"], "punsafe": ["high"]}), img2dataset / "00001.parquet")
+    table = index_shard(shards[1], 1).table
+    with pytest.raises(InputError, match="column 'punsafe' is string, and double in other shards"):
+        sidecars.join(table, shards[1])
+    (img2dataset / "00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"cannot read .*00001\.parquet, the sidecar of a shard"):
+        sidecars.join(table, shards[1])
+
+
+def test_inspect_shows_inputs_of_every_kind(folder: Path, img2dataset: Path, photos, encode, tmp_path: Path) -> None:
+    path = write_table(huggingface_table([photos[i % 60] for i in range(70)], encode), tmp_path / "t.parquet")
+    report = inspect_shards([str(folder), str(img2dataset), str(path)])
+    samples = {s.url: (s.samples, s.ok, s.nbytes > 0) for s in report.shards}
+    assert samples[str(path)] == (70, 68, True)
+    assert samples[f"{folder}/%FF.jpg ..."] == (17, 15, True)
+    problems = next(s.problems for s in report.shards if s.url.startswith(str(folder)))
+    assert problems == {"special file": 1, "hidden file": 1, "not UTF-8": 1}
+
+
+# Elsewhere
+
+
+def test_remote_inputs_of_every_kind_give_the_bytes_of_local_ones(
+    folder: Path, img2dataset: Path, photos, encode, client: Client, tmp_path: Path
+) -> None:
+    """The workers of the fixture are threads of this process, so they see its memory:// files."""
+    for name in ("pipe.jpg", "gone.jpg"):
+        (folder / name).unlink()
+    write_table(huggingface_table([photos[i % 60] for i in range(70)], encode), tmp_path / "t.parquet")
+    (tmp_path / "z.tar.gz").write_bytes(gzip.compress((img2dataset / "00001.tar").read_bytes()))
+    local = tmp_path / "in"
+    local.mkdir()
+    for path in (folder, img2dataset, tmp_path / "t.parquet", tmp_path / "z.tar.gz"):
+        path.rename(local / path.name)
+    files = fsspec.filesystem("memory")
+    try:
+        files.put(f"{local}/", "/in", recursive=True)
+        names = ["photos", "laion", "t.parquet", "z.tar.gz"]
+        runs = {}
+        for kind, base in (("local", str(local)), ("memory", "memory://in")):
+            inputs = [f"{base}/{name}" for name in names]
+            result = tiny_pipeline(inputs).run(str(tmp_path / kind), client=client)
+            catalog = result.catalog.compute().drop(columns=["shard", "embedding"]).astype(str)
+            tars = {n: c for n, c in checksums(tmp_path / kind).items() if n.endswith(".tar")}
+            runs[kind] = result.counts, tars, catalog.values.tolist()
+    finally:
+        files.rm("/in", recursive=True)
+    assert runs["local"][0] == {"decode_error": 2, "no_image": 3, "ok": 96}
+    assert runs["memory"] == runs["local"]
