@@ -208,9 +208,12 @@ class Decoder:
         outputs = graph.run(source=inputs)
         if len(outputs[0]) != len(inputs):
             raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(inputs)}: this is a bug")
-        # A copy, for DALI may use the memory again in the next run.
         n_views = len(self.views)
-        images = [torch.utils.dlpack.from_dlpack(out.as_tensor()).clone() for out in outputs[:n_views]]
+        images = [torch.utils.dlpack.from_dlpack(out.as_tensor()) for out in outputs[:n_views]]
+        if self.backend.is_gpu:
+            # On the stream of the stages: DALI knows nothing of it, and would use the memory again too soon.
+            # On a CPU the tensor keeps the memory alive, and a copy would cost a tenth of the decoding.
+            images = [image.clone() for image in images]
         shapes, *full = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in outputs[n_views:])
         if full:
             # Hashes take the way of a further view: a row of bytes for each image.
