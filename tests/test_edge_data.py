@@ -23,8 +23,6 @@ GIB = 1024**3
 INNER_LIFE = re.compile(
     r"<_io|0x[0-9a-f]{4,}|Traceback|\.(cc|cpp|h|py)\b|Error\b|Exception|data stream|b'|nullptr|::|/dali/"
 )
-    r"<_io|0x[0-9a-f]{4,}|Traceback|\.(cc|cpp|h|py)\b|Error\b|Exception|data stream|b'|nullptr|::|/dali/"
-)
 
 
 def extension(path: Path) -> str:
