@@ -28,7 +28,7 @@ from imgcurate.isolation import IsolatedDecoder
 from imgcurate.shards import Shard
 from imgcurate.sidecars import SidecarColumns, Sidecars, find_sidecars
 from imgcurate.stages.base import IMAGE, Stage
-from imgcurate.storage import is_local, read_ahead, read_bytes, read_ranges
+from imgcurate.storage import StorageError, is_local, read_ahead, read_bytes, read_ranges
 
 __all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
 
@@ -222,7 +222,8 @@ def _read_chunks(
             for url, group in itertools.groupby(positions.tolist(), key=shards.__getitem__):
                 members = list(group)
                 if files[members[0]] is not None:
-                    chunk.blobs.extend(_read_files([file_url(url, files[i][0]) for i in members], storage_options))
+                    images = [(file_url(url, files[i][0]), lengths[i]) for i in members]
+                    chunk.blobs.extend(_read_files(images, storage_options))
                     continue
                 if url != last and (following := _next_shard(shards, wanted, url)) is not None:
                     read_ahead(following, storage_options)
@@ -231,12 +232,20 @@ def _read_chunks(
             yield chunk
 
 
-def _read_files(urls: Sequence[str], storage_options: Mapping[str, Any] | None) -> list[bytes]:
-    """Read whole files: on this machine one by one, from elsewhere at the same time."""
-    if all(map(is_local, urls)):
-        return [read_bytes(url) for url in urls]
+def _read_files(files: Sequence[tuple[str, int]], storage_options: Mapping[str, Any] | None) -> list[bytes]:
+    """Read whole files of known sizes: on this machine one by one, from elsewhere at the same time."""
+
+    def read(file: tuple[str, int]) -> bytes:
+        url, size = file
+        data = read_bytes(url, storage_options)
+        if len(data) != size:
+            raise StorageError(f"{url} has {len(data):,} bytes and had {size:,}: it changed since it was indexed")
+        return data
+
+    if all(is_local(url) for url, _ in files):
+        return list(map(read, files))
     with ThreadPoolExecutor(_FILE_THREADS) as pool:
-        return list(pool.map(lambda url: read_bytes(url, storage_options), urls))
+        return list(pool.map(read, files))
 
 
 def _next_shard(shards: Sequence[str], wanted: npt.NDArray[np.int64], url: str) -> str | None:
