@@ -39,10 +39,13 @@ from imgcurate.storage import (
     make_folder,
     open_source,
     read_bytes,
+    remove,
     remove_tree,
 )
+from imgcurate.streams import SourceFile
 
 __all__ = [
+    "Attempts",
     "Catalog",
     "Manifest",
     "fingerprint",
@@ -94,7 +97,7 @@ def read_parquet(
     """
     source = open_source(url, storage_options)
     try:
-        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+        with SourceFile(source) as file:
             return pq.read_table(file, columns=None if columns is None else list(columns))
     except (pa.ArrowException, OSError, ValueError, KeyError) as exc:
         raise CatalogError(f"cannot read {url}: {exc}") from exc
@@ -119,7 +122,7 @@ def read_batch(url: str, number: int, storage_options: StorageOptions | None = N
     """
     source = open_source(url, storage_options)
     try:
-        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+        with SourceFile(source) as file:
             return pa.ipc.open_file(file).get_batch(number)
     except (pa.ArrowException, OSError, ValueError) as exc:
         raise CatalogError(f"cannot read {url}: {exc}") from exc
@@ -129,38 +132,6 @@ def read_batch(url: str, number: int, storage_options: StorageOptions | None = N
 
 def _is_float_list(type_: pa.DataType) -> bool:
     return bool(pa.types.is_list(type_) and pa.types.is_floating(type_.value_type))
-
-
-class _SourceFile:
-    """The few methods of a file that Arrow calls, over a :class:`Source`."""
-
-    def __init__(self, source: Any) -> None:
-        self._source, self._position, self.closed = source, 0, False
-
-    def read(self, n: int = -1) -> bytes:
-        data: bytes = self._source.pread(self._position, self._source.size - self._position if n < 0 else n)
-        self._position += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._position, self._source.size)[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        self.closed = True
 
 
 @dataclass
@@ -223,6 +194,39 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Attempts:
+    """Markers of the partitions that are being decoded: what a worker that died leaves behind.
+
+    Attributes
+    ----------
+    folder : str
+        URL of the folder of markers, empty files named like the parts.
+    storage_options : mapping, optional
+        Passed to fsspec.
+
+    Notes
+    -----
+    A marker says that some process began to decode the partition and did not end it: its worker
+    died or was killed, or the whole run was. Then an image of it may be at fault.
+    """
+
+    folder: str
+    storage_options: StorageOptions | None = None
+
+    def begin(self, number: int) -> bool:
+        """Mark a partition, and tell if a former attempt has marked it and not ended."""
+        url = join_url(self.folder, part_name(number))
+        if exists(url, self.storage_options):
+            return True
+        with atomic_write(url, self.storage_options):
+            return False
+
+    def end(self, number: int) -> None:
+        """Take the mark off: the part is written, or an error was raised, which no image's decoder did."""
+        remove(join_url(self.folder, part_name(number)), self.storage_options)
+
+
+@dataclass(frozen=True)
 class Catalog:
     """The Parquet parts of a run and their deltas; small and picklable, so tasks carry it.
 
@@ -253,6 +257,11 @@ class Catalog:
         """URL of the folder that is removed when the run is done."""
         return join_url(self.folder, "checkpoint")
 
+    @property
+    def attempts(self) -> Attempts:
+        """The markers of parts that are being made."""
+        return Attempts(join_url(self.checkpoint_folder, "attempts"), self.storage_options)
+
     def part_url(self, number: int) -> str:
         """Return the URL of a part."""
         return join_url(self.parts_folder, part_name(number))
@@ -267,7 +276,7 @@ class Catalog:
 
     def make_folders(self) -> None:
         """Make the folders that parts and deltas are written to."""
-        for folder in (self.parts_folder, *map(self.phase_folder, self.phases)):
+        for folder in (self.parts_folder, self.attempts.folder, *map(self.phase_folder, self.phases)):
             make_folder(folder, self.storage_options)
 
     def missing_parts(self) -> list[int]:
@@ -356,7 +365,7 @@ def _read_frame(number: int, catalog: Catalog, names: Sequence[str], device: str
 def _parquet_columns(url: str, storage_options: StorageOptions | None) -> list[str]:
     source = open_source(url, storage_options)
     try:
-        with pa.PythonFile(_SourceFile(source), mode="r") as file:
+        with SourceFile(source) as file:
             names: list[str] = pq.read_schema(file).names
             return names
     except (pa.ArrowException, OSError) as exc:

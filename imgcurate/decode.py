@@ -37,7 +37,7 @@ from imgcurate.facts import BYTE_FACTS, FACTS, HASH_BYTES, pixels_hash
 from imgcurate.pillow import UndecodableError, decode_with_pillow
 from imgcurate.probe import probe
 
-__all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder"]
+__all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder", "view_operators"]
 
 MAX_PIXELS: Final = 178_956_970
 """Default limit of width x height, that of Pillow: 512 MiB of RGB."""
@@ -166,7 +166,7 @@ class Decoder:
                 pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
                 images, sizes = self._run(self._pixel_graph(), [pixels])
             except (UndecodableError, RuntimeError) as exc:
-                reasons[i], statuses[i] = _reason(exc), schema.STATUS_DECODE_ERROR
+                reasons[i], statuses[i] = _reason(exc), _status(exc)
                 continue
             parts.append(([i], images, sizes))
         return self._assemble(blobs, parts, reasons, widths, heights, statuses)
@@ -208,9 +208,12 @@ class Decoder:
         outputs = graph.run(source=inputs)
         if len(outputs[0]) != len(inputs):
             raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(inputs)}: this is a bug")
-        # A copy, for DALI may use the memory again in the next run.
         n_views = len(self.views)
-        images = [torch.utils.dlpack.from_dlpack(out.as_tensor()).clone() for out in outputs[:n_views]]
+        images = [torch.utils.dlpack.from_dlpack(out.as_tensor()) for out in outputs[:n_views]]
+        if self.backend.is_gpu:
+            # On the stream of the stages: DALI knows nothing of it, and would use the memory again too soon.
+            # On a CPU the tensor keeps the memory alive, and a copy would cost a tenth of the decoding.
+            images = [image.clone() for image in images]
         shapes, *full = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in outputs[n_views:])
         if full:
             # Hashes take the way of a further view: a row of bytes for each image.
@@ -244,10 +247,10 @@ class Decoder:
 
         images = {view: in_order(v, (view.height, view.width, 3)) for v, view in enumerate(self.views)}
         good = [blobs[i] for i in np.flatnonzero(ok).tolist()]
-        facts = {f: np.array([BYTE_FACTS[f](b) for b in good]) for f in self.facts if f in BYTE_FACTS}
+        facts = {f: np.array([BYTE_FACTS[f](b) for b in good], FACTS[f]) for f in self.facts if f in BYTE_FACTS}
         if schema.PIXEL_HASH in self.facts:
             rows = in_order(len(self.views), (HASH_BYTES,)).cpu().numpy()
-            facts[schema.PIXEL_HASH] = np.array([row.tobytes().hex() for row in rows])
+            facts[schema.PIXEL_HASH] = np.array([row.tobytes().hex() for row in rows], FACTS[schema.PIXEL_HASH])
         return Decoded(ok, images, reasons, widths, heights, statuses, facts)
 
     def _pixel_graph(self) -> Any:
@@ -256,7 +259,7 @@ class Decoder:
         return self._from_pixels
 
     def _build(self, *, decode: bool) -> Any:
-        from nvidia.dali import Pipeline, fn, math, types
+        from nvidia.dali import Pipeline, fn, types
 
         # With a queue depth of one and run(source=...), a batch's outputs are those of its inputs.
         graph = Pipeline(
@@ -272,14 +275,17 @@ class Decoder:
                 image = fn.decoders.image(source, device=self.backend.dali_device, output_type=types.RGB)
             else:
                 image = source.gpu() if self.backend.is_gpu else source
-            outputs = [_resized(fn, math, types, image, view) for view in self.views]
+            outputs = [view_operators(image, view) for view in self.views]
             outputs.append(image.shape(device="cpu"))
             graph.set_outputs(*outputs, *([image] if schema.PIXEL_HASH in self.facts else []))
         graph.build()
         return graph
 
 
-def _resized(fn: Any, math: Any, types: Any, image: Any, view: PixelView) -> Any:
+def view_operators(image: Any, view: PixelView) -> Any:
+    """Add the operators that make a view of decoded images to the DALI graph that is being defined."""
+    from nvidia.dali import fn, math, types
+
     interpolation = {
         "bicubic": types.INTERP_CUBIC,
         "bilinear": types.INTERP_TRIANGULAR,
@@ -325,6 +331,10 @@ def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64]) -> Iterator[lis
 
 def _reason(exc: Exception) -> str:
     return str(exc) if isinstance(exc, UndecodableError) else "the image decodes and cannot be resized"
+
+
+def _status(exc: Exception) -> str:
+    return schema.STATUS_DECODER_CRASH if isinstance(exc.__cause__, MemoryError) else schema.STATUS_DECODE_ERROR
 
 
 def _int32(value: int) -> int:

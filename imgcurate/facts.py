@@ -62,5 +62,5 @@ BYTE_FACTS: Final[Mapping[str, Callable[[bytes], Any]]] = {
 }
 """Facts that follow from the encoded bytes alone."""
 
-FACTS: Final = (*BYTE_FACTS, schema.PIXEL_HASH)
-"""All facts; the hash of the pixels costs a pass over all of them."""
+FACTS: Final[Mapping[str, str]] = {schema.CONTENT_HASH: "U32", schema.CHANNELS: "i4", schema.PIXEL_HASH: "U32"}
+"""All facts with their NumPy types; the hash of the pixels costs a pass over all of them."""

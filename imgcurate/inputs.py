@@ -23,7 +23,8 @@ from typing import Any, Final
 
 from imgcurate.errors import InputError
 from imgcurate.folders import file_url, list_folder, quoted
-from imgcurate.shards import IMAGE_EXTENSIONS, TAR_ENDINGS, Shard, split_key
+from imgcurate.samples import split_key
+from imgcurate.shards import IMAGE_EXTENSIONS, TAR_ENDINGS, Shard
 from imgcurate.storage import (
     StorageOptions,
     expand_urls,

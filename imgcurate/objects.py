@@ -1,8 +1,8 @@
 """Files of S3, of HTTP servers and of any other fsspec filesystem: their size and state, and ranges of their bytes.
 
-What answers tell is compared with what was seen when the file was opened: where its size or its ETag is
-another one, the file changed, and no bytes of two states are ever mixed. An answer that ends early is
-gone on with where it ended.
+What S3 and HTTP servers answer is compared with what was seen when the file was opened: where its size or
+its ETag is another one, the file changed, and bytes of two states are never mixed. An answer that ends
+early is gone on with where it ended.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Decode one image by the pixel rule: what DALI does not take goes here, off the hot path.
 
 Pillow decodes it, but for 16-bit PNG and TIFF with several channels, of which Pillow keeps the high
-bytes alone: these go to nvImageCodec, which comes with DALI.
+bytes alone: these go to nvImageCodec, which comes with DALI. It does not decode gray PNG with 16-bit
+alpha, whose high bytes have to do: its pixels may be two levels off.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _16_BIT_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 # Orientation is that of EXIF, as in browsers and DALI; Pillow would also take it from these.
 _OTHER_ORIENTATIONS: Final = ("xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1")
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
-_DEEP_PNG: Final = ("RGB;16B", "LA;16B", "RGBA;16B")
+_DEEP_PNG: Final = ("RGB;16B", "RGBA;16B")
+# Pillow scales the levels of these to 0..255, and not the level that is transparent.
+_FEW_LEVELS: Final = {"L;2": 85, "L;4": 17}
 _BLOCK_ROWS: Final = 64
 _PAM_CHANNELS: Final = {"BLACKANDWHITE": 1, "GRAYSCALE": 1, "RGB": 3, "GRAYSCALE_ALPHA": 2, "RGB_ALPHA": 4}
 _ADDRESS: Final = re.compile(r"<[^>]*>|\b0x[0-9a-fA-F]+|b'|'|/\S+/")
@@ -46,7 +49,6 @@ _WORDS: Final = tuple(
         "damaged {format}: a number in it is broken": "token|invalid literal|non-decimal",
         "damaged {format}: a part of it lies outside the image": "tile cannot extend",
         "a kind of {format} that is not supported": "not available|codec|compression|unknown (raw|pixel) mode",
-        "{format} that needs more memory than there is": "memory",
     }.items()
 )
 
@@ -93,6 +95,8 @@ def decode_with_pillow(data: bytes, *, max_pixels: int) -> npt.NDArray[np.uint8]
 
 def reason_of(exc: BaseException, format_: str) -> str:
     """Say in words why an image does not decode, without the inner life of libraries."""
+    if isinstance(exc, MemoryError):
+        return f"{format_} that needs more memory than there is"
     text = str(exc).strip() or type(exc).__name__
     for pattern, words in _WORDS:
         if pattern.search(text):
@@ -104,20 +108,25 @@ def reason_of(exc: BaseException, format_: str) -> str:
 def _decode(image: Image.Image, data: bytes) -> npt.NDArray[np.uint8]:
     white, inverted = _gray_range(image)
     deep = _is_deep(image)
+    scale = next((_FEW_LEVELS[t[3]] for t in getattr(image, "tile", ()) if t[3] in ("L;2", "L;4")), 1)
     _forget_orientations(image)
+    # load() turns a TIFF, and forgets that it was to be turned.
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if image.format == "TIFF" else 0
     image.load()
     _forget_orientations(image)
+    orientation = orientation or image.getexif().get(ExifTags.Base.Orientation, 1)
     if deep:
-        turned = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), _unturned)
-        return _flatten(*_deep_pixels(data), turned)
-    if image.format != "TIFF":  # which load() has turned
-        image = _turn(image)
+        return _flatten(*_deep_pixels(data), _TURNS.get(orientation, _unturned))
+    if image.format != "TIFF" and orientation in _METHODS:
+        image = image.transpose(_METHODS[orientation])
     if white:
         levels = np.asarray(image, dtype=np.float32) * np.float32(255 / white)
         gray = np.clip(np.rint(255 - levels if inverted else levels), 0, 255).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise UndecodableError(f"32-bit {'integer' if image.mode == 'I' else 'float'} pixels are not supported")
+    if scale > 1 and "transparency" in image.info:
+        image.info["transparency"] *= scale
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         white_page = Image.new("RGB", image.size, (255, 255, 255))
@@ -129,11 +138,6 @@ def _decode(image: Image.Image, data: bytes) -> npt.NDArray[np.uint8]:
 def _forget_orientations(image: Image.Image) -> None:
     for key in _OTHER_ORIENTATIONS:
         image.info.pop(key, None)
-
-
-def _turn(image: Image.Image) -> Image.Image:
-    method = _METHODS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if method is None else image.transpose(method)
 
 
 def _gray_range(image: Image.Image) -> tuple[int, bool]:

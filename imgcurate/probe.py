@@ -46,6 +46,8 @@ _SOF_DALI: Final = frozenset({0xC0, 0xC1, 0xC2})
 _EOI_WINDOW_BYTES: Final = 4096
 # Each scan of a progressive JPEG goes over all pixels: some hundred kB could ask for hours.
 _MAX_SCAN_PIXELS: Final = 20_000_000_000
+# More pixels its library does not even open.
+_LARGEST_AVIF: Final = 16384 * 16384
 _GRAY, _RGB, _PALETTE = 0, 2, 3
 
 _PILLOW_FORMATS: Final = (
@@ -140,6 +142,8 @@ def _probe(data: bytes) -> Probe:
         return _probe_webp(data)
     if data[:3] == b"P7\n":
         return _probe_pam(data)
+    if data[:4] == b"\0\0\1\0":
+        return _probe_ico(data)
     return _probe_with_pillow(data)
 
 
@@ -223,6 +227,22 @@ def _probe_webp(data: bytes) -> Probe:
     return Probe("WEBP").refused("damaged WEBP: its header cannot be read")
 
 
+def _probe_ico(data: bytes) -> Probe:
+    """Read the headers of the pictures in an ICO: what its own header says of them need not be true."""
+    sizes = [(0, 0)]
+    for entry in range(6, 6 + 16 * int.from_bytes(data[4:6], "little"), 16):
+        if entry + 16 > len(data):
+            break
+        (at,) = struct.unpack_from("<I", data, entry + 12)
+        if data[at : at + 8] == b"\x89PNG\r\n\x1a\n" and len(data) >= at + 24:
+            sizes.append(struct.unpack_from(">II", data, at + 16))
+        elif len(data) >= at + 12:
+            width, height = struct.unpack_from("<ii", data, at + 4)
+            sizes.append((abs(width), abs(height) // 2))
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    return Probe("ICO", width, height)
+
+
 def _probe_pam(data: bytes) -> Probe:
     fields = pam_header(data)[0]
     try:
@@ -249,11 +269,20 @@ def _probe_with_pillow(data: bytes) -> Probe:
     except UnidentifiedImageError:
         if refusal := unsupported(data):
             return Probe("").refused(refusal)
+        width, height = _claimed_size(data) if name in ("AVIF", "HEIC") else (0, 0)
+        if width * height > _LARGEST_AVIF:
+            return Probe(name, width, height)
         if name:
             return Probe(name).refused(f"damaged {name}, or a kind that is not supported")
         return Probe("").refused(f"not an image: {describe_bytes(data)}")
     except Exception:  # noqa: BLE001 - Pillow's plugins raise nearly any type on hostile bytes
         return Probe(name).refused(f"damaged {name or 'image'}, or a kind that is not supported")
+
+
+def _claimed_size(data: bytes) -> tuple[int, int]:
+    """Return the first size that an AVIF or HEIC names, (0, 0) if it names none."""
+    at = data.find(b"ispe", 0, 65536)
+    return struct.unpack_from(">II", data, at + 8) if 0 <= at <= len(data) - 16 else (0, 0)
 
 
 @contextlib.contextmanager

@@ -57,14 +57,14 @@ class RemoteSource:
 
     def __init__(self, url: str, storage_options: StorageOptions | None = None, *, gap_bytes: int = GAP_BYTES) -> None:
         self.url, self._options, self._gap_bytes = url, storage_options, gap_bytes
-        self._lock = threading.Lock()
         self._reader = next(_readers)
         self._last_stop = self._run_bytes = self._asked_bytes = 0
         self._whole: IO[bytes] | None = None
         self._open()
 
     def _open(self) -> None:
-        self._process, self._whole = os.getpid(), None
+        # Again in a forked process, for a thread of its parent may have held the lock.
+        self._process, self._whole, self._lock = os.getpid(), None, threading.Lock()
         self._file = open_remote(self.url, self._options)
         # What cannot be told from another state of the file is not kept for other readers.
         self._key: Hashable = (

@@ -190,7 +190,10 @@ class Run:
         )  # fmt: skip
         stages = self.plan.phases[0].batch_stages
         if stages:
-            ddf = apply_stages(ddf, stages, reader=reader, device=self.device, storage_options=self.options)
+            ddf = apply_stages(
+                ddf, stages, reader=reader, device=self.device, storage_options=self.options,
+                attempts=catalog.attempts, numbers=numbers,
+            )  # fmt: skip
         return _written(ddf, numbers, catalog, schema.arrow_schema(ddf.columns, self.types), delta=False)
 
     def _later_phase(self, phase: Phase, before: Catalog, after: Catalog) -> Callable[[list[int]], dd.DataFrame]:
@@ -306,6 +309,8 @@ def _write_part(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Sch
     backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
     table = backend.frame_to_arrow(frame, out)
     (catalog.write_delta if delta else catalog.write_part)(number, table)
+    if not delta:
+        catalog.attempts.end(number)
     return result_frame(number, kept_counts(table))
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from imgcurate.errors import ConfigError
+
 __all__ = ["PAGE_BYTES", "Spool", "check_room", "shared_spool", "temporary_file"]
 
 PAGE_BYTES: Final = 1024 * 1024
@@ -226,13 +228,22 @@ _shared_lock = threading.Lock()
 
 
 def shared_spool() -> Spool:
-    """Return the process's spool, of ``$IMGCURATE_SPOOL_BYTES``, by default 4 GiB or a quarter of the free disk."""
+    """Return the process's spool, of ``$IMGCURATE_SPOOL_BYTES``, by default 4 GiB or a quarter of the free disk.
+
+    Raises
+    ------
+    ConfigError
+        If the variable is no number.
+    """
     global _shared
     with _shared_lock:
         if _shared is None:
             stats = os.statvfs(_folder())
             limit = min(_LIMIT_BYTES, stats.f_bavail * stats.f_frsize // _SHARE_OF_FREE)
-            _shared = Spool(int(os.environ.get("IMGCURATE_SPOOL_BYTES") or limit))
+            asked = os.environ.get("IMGCURATE_SPOOL_BYTES") or str(limit)
+            if not asked.isdecimal():
+                raise ConfigError(f"IMGCURATE_SPOOL_BYTES={asked!r} should be a number of bytes, such as 4000000000")
+            _shared = Spool(int(asked))
         return _shared
 
 

@@ -207,7 +207,7 @@ class Files:
 
     def _body(self, status: int, headers: dict[str, str], data: bytes) -> Answer:
         if self.encoding == "gzip":
-            return Answer(status, {**headers, "Content-Encoding": "gzip"}, gzip.compress(data))
+            return Answer(status, {**headers, "Content-Encoding": "gzip"}, gzip.compress(data, 1))
         if self.encoding == "chunked":
             chunks = [data[i : i + 70_000] for i in range(0, len(data), 70_000)]
             body = b"".join(b"%x\r\n%b\r\n" % (len(c), c) for c in [*chunks, b""])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imgcurate.config import load_config
+from imgcurate.config import load_config, storage_options
 from imgcurate.errors import ConfigError
 from imgcurate.stages import (
     ExactDedupStage,
@@ -96,3 +96,37 @@ def test_a_stage_of_ones_own_is_named_by_its_import_path(tmp_path: Path) -> None
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, text)).pipeline()
+
+
+def test_storage_options_are_yaml_scalars_and_dots_nest() -> None:
+    assert storage_options([]) is None
+    given = [
+        "anon=true",
+        "client_kwargs.endpoint_url=http://127.0.0.1:5000",
+        "client_kwargs.verify=false",
+        "timeout=2.5",
+    ]
+    assert storage_options(given) == {
+        "anon": True, "client_kwargs": {"endpoint_url": "http://127.0.0.1:5000", "verify": False}, "timeout": 2.5,
+    }  # fmt: skip
+    assert storage_options(["key=0123", "secret=a=b: {c", "profile="]) == {
+        "key": "0123", "secret": "a=b: {c", "profile": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["anon"], "--storage-option anon should be KEY=VALUE"),
+        (["=hidden"], "should be KEY=VALUE"),
+        (["a..b=hidden"], "a..b=... should be KEY=VALUE"),
+        (["a=[hidden]"], "a=... should be text, a number"),
+        (["a=1", "a=hidden"], "a=... is given twice"),
+        (["a=1", "a.b=hidden"], "a.b=... is given twice, or one of them is within the other"),
+        (["a.b=1", "a=hidden"], "a=... is given twice"),
+    ],
+)
+def test_mistakes_in_storage_options_are_named_without_their_values(pairs: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        storage_options(pairs)
+    assert "hidden" not in str(caught.value)

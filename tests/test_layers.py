@@ -16,7 +16,8 @@ PACKAGE = Path(imgcurate.__file__).parent
 # Each module may import those above it, not those below.
 ORDER = (
     "errors schema backend filesystems spool objects remote storage streams tar_blocks tar folders tables archives "
-    "shards sidecars inputs frame signatures probe pillow facts batches decode isolation quality models catalog dedup "
+    "samples shards sidecars inputs frame signatures probe pillow facts batches decode isolation quality models "
+    "catalog dedup "
     "execution export stages plan cluster results runner pipeline config inspection demo cli"
 ).split()
 GPU_LIBRARIES = {"cudf", "cupy", "cuml", "dask_cudf", "dask_cuda", "rmm", "pylibcudf"}

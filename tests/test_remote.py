@@ -15,7 +15,7 @@ from servers import Answer, Files, Server
 from imgcurate import filesystems, spool, storage
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.frame import read_group
-from imgcurate.shards import index_shard
+from imgcurate.shards import Shard, index_shard
 from imgcurate.spool import PAGE_BYTES, Spool
 
 pytest.importorskip("aiohttp")
@@ -122,7 +122,7 @@ def test_the_next_shard_is_fetched_while_this_one_is_read(
         write_tar(folder / f"{name}.tar", [(f"{name}{i}", {"jpg": bytes(100_000)}) for i in range(20)])
     server = serve()
     urls = [f"{server.url}/{name}.tar" for name in "ab"]
-    read_group([(0, urls[0]), (1, urls[1])])
+    read_group(((0, Shard(urls[0])), (1, Shard(urls[1]))))
     paths = [path for _, path, _, _ in server.log]
     last_of_a = len(paths) - 1 - paths[::-1].index("/a.tar")
     assert paths.index("/b.tar") < last_of_a

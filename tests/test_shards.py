@@ -18,7 +18,8 @@ from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from imgcurate import schema
-from imgcurate.shards import IMAGE_EXTENSIONS, ShardIndex, index_shard, split_key
+from imgcurate.samples import split_key
+from imgcurate.shards import IMAGE_EXTENSIONS, ShardIndex, index_shard
 from imgcurate.storage import atomic_write
 from imgcurate.tar import BLOCK, end_of_archive
 

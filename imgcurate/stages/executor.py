@@ -20,7 +20,9 @@ import torch
 from imgcurate import schema
 from imgcurate.backend import Backend, array_from_list_column, cpu_count, get_backend, list_array
 from imgcurate.batches import ImageBatch
+from imgcurate.catalog import Attempts
 from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.execution import number_frame
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
 from imgcurate.stages.reading import ImageReaderStage, read_pixels
 
@@ -65,13 +67,15 @@ class Program:
         added = self.types
         return schema.arrow_schema([*columns, *(c for c in added if c not in columns)], {**types, **added})
 
-    def run(self, table: pa.Table) -> pa.Table:
+    def run(self, table: pa.Table, *, isolated: bool = False) -> pa.Table:
         """Run the stages over one partition.
 
         Parameters
         ----------
         table : pa.Table
             Index columns and what earlier stages added.
+        isolated : bool
+            Decode in a process of its own, which an image may kill.
 
         Returns
         -------
@@ -80,7 +84,7 @@ class Program:
         """
         stages, worker = _prepared(self)
         results = _Results(table, self.types)
-        for positions, batch in self._batches(table, stages, worker, results):
+        for positions, batch in self._batches(table, stages, worker, results, isolated):
             current = batch
             for k, stage in enumerate(stages):
                 current = _process(stage, current)
@@ -95,7 +99,7 @@ class Program:
         return results.table(self.output_schema(table.column_names, {f.name: f.type for f in table.schema}))
 
     def _batches(
-        self, table: pa.Table, stages: Sequence[ProcessingStage], worker: Worker, results: _Results
+        self, table: pa.Table, stages: Sequence[ProcessingStage], worker: Worker, results: _Results, isolated: bool
     ) -> Iterator[tuple[npt.NDArray[np.int64], ImageBatch]]:
         views = tuple(dict.fromkeys(view for stage in stages for view in stage.views))
         lists = [f.name for f in table.schema if pa.types.is_list(f.type)]
@@ -106,7 +110,7 @@ class Program:
             return
         for positions, decoded in read_pixels(
             table, views, self.reader, worker.backend,
-            num_threads=worker.num_threads, storage_options=self.storage_options, facts=facts,
+            num_threads=worker.num_threads, storage_options=self.storage_options, facts=facts, isolated=isolated,
         ):  # fmt: skip
             results.take_decoded(positions, decoded)
             good = positions[decoded.ok]
@@ -289,6 +293,8 @@ def apply_stages(
     reader: ImageReaderStage | None = None,
     device: str = "auto",
     storage_options: Mapping[str, Any] | None = None,
+    attempts: Attempts | None = None,
+    numbers: Sequence[int] = (),
 ) -> dd.DataFrame:
     """Run per-batch stages over a frame, lazily: one ``map_partitions`` call for all of them.
 
@@ -304,6 +310,12 @@ def apply_stages(
         Where.
     storage_options : mapping, optional
         For reading the shards.
+    attempts : Attempts, optional
+        Where each partition is marked while it is worked on. One whose worker died in a former attempt
+        is decoded in a process of its own; who writes the partition takes the mark off. Without it a
+        sample that kills the decoder kills its worker again and again.
+    numbers : sequence of int
+        With `attempts`, the number of each partition.
 
     Raises
     ------
@@ -323,12 +335,26 @@ def apply_stages(
     out = program.output_schema(list(ddf.columns), types)
     meta = get_backend(device).meta(out)
     in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
-    return ddf.map_partitions(_run_frame, program, in_schema, meta=meta)
+    if attempts is None or reader is None or not any(IMAGE in stage.needs for stage in stages):
+        return ddf.map_partitions(_run_frame, program, in_schema, meta=meta)
+    return dd.map_partitions(
+        _run_attempt, ddf, number_frame(numbers), program, in_schema, attempts, meta=meta, align_dataframes=False
+    )
 
 
-def _run_frame(frame: Any, program: Program, in_schema: pa.Schema) -> Any:
+def _run_frame(frame: Any, program: Program, in_schema: pa.Schema, *, isolated: bool = False) -> Any:
     backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
-    return backend.frame_from_arrow(program.run(backend.frame_to_arrow(frame, in_schema)))
+    return backend.frame_from_arrow(program.run(backend.frame_to_arrow(frame, in_schema), isolated=isolated))
+
+
+def _run_attempt(frame: Any, numbers: pd.DataFrame, program: Program, in_schema: pa.Schema, attempts: Attempts) -> Any:
+    number = int(numbers["number"].iloc[0])
+    isolated = attempts.begin(number)
+    try:
+        return _run_frame(frame, program, in_schema, isolated=isolated)
+    except BaseException:
+        attempts.end(number)
+        raise
 
 
 def frame_types(ddf: dd.DataFrame) -> dict[str, pa.DataType]:

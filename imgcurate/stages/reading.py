@@ -24,6 +24,7 @@ from imgcurate.decode import MAX_ASPECT_RATIO, MAX_PIXELS, Decoded, borrow_decod
 from imgcurate.errors import ConfigError
 from imgcurate.folders import file_url
 from imgcurate.inputs import find_shards
+from imgcurate.isolation import IsolatedDecoder
 from imgcurate.shards import Shard
 from imgcurate.sidecars import SidecarColumns, Sidecars, find_sidecars
 from imgcurate.stages.base import IMAGE, Stage
@@ -151,10 +152,12 @@ def read_pixels(
     num_threads: int,
     storage_options: Mapping[str, Any] | None = None,
     facts: Sequence[str] = (),
+    isolated: bool = False,
 ) -> Iterator[tuple[npt.NDArray[np.int64], Decoded]]:
     """Read and decode the images of a partition, ahead of the caller.
 
-    While the caller works on batch n, batch n + 1 is decoded and the bytes of n + 2 are read.
+    While the caller works on batch n, batch n + 1 is decoded and the bytes of n + 2 are read. Where
+    `isolated` is true, a process of its own decodes: see :mod:`imgcurate.isolation`.
 
     Yields
     ------
@@ -171,11 +174,16 @@ def read_pixels(
         wanted = np.setdiff1d(wanted, too_large)
     size = reader.dali_batch_size
     threads = reader.num_threads or num_threads
-    with borrow_decoder(
-        views, backend, batch_size=size, num_threads=threads,
-        max_pixels=reader.max_pixels, max_aspect_ratio=reader.max_aspect_ratio,
-        min_size=reader.min_size, facts=facts,
-    ) as decoder:  # fmt: skip
+    options: dict[str, Any] = {
+        "batch_size": size,
+        "num_threads": threads,
+        "max_pixels": reader.max_pixels,
+        "max_aspect_ratio": reader.max_aspect_ratio,
+        "min_size": reader.min_size,
+        "facts": tuple(facts),
+    }
+    borrow = IsolatedDecoder if isolated else borrow_decoder
+    with borrow(views, backend, **options) as decoder:
         chunks = prefetch(_read_chunks(table, wanted, size, storage_options), depth=1)
         yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
 
