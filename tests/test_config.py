@@ -8,7 +8,14 @@ import pytest
 
 from imgcurate.config import load_config, storage_options
 from imgcurate.errors import ConfigError
-from imgcurate.stages import ImageAestheticFilterStage, ImageEmbeddingStage, ImageReaderStage, SemanticDedupStage
+from imgcurate.stages import (
+    ExactDedupStage,
+    ImageAestheticFilterStage,
+    ImageEmbeddingStage,
+    ImageReaderStage,
+    PerceptualDedupStage,
+    SemanticDedupStage,
+)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -33,6 +40,25 @@ def test_stages_and_parameters_are_read(tmp_path: Path) -> None:
     assert embed == ImageEmbeddingStage(model="tiny-image")
     assert dedup == SemanticDedupStage()
     assert config.device == "cpu"
+
+
+def test_quality_and_dedup_by_hashes_are_read(tmp_path: Path) -> None:
+    text = """
+    inputs: x
+    stages:
+      - ImageQualityFilterStage: {ranges: {sharpness: [100, null], aspect_ratio: [null, 3]}, columns: [phash]}
+      - ExactDedupStage: {by: pixels}
+      - PerceptualDedupStage: {max_distance: 6}
+    """
+    stages = load_config(write(tmp_path, text)).pipeline().stages[2:]
+    assert [r.reason(0.5) for r in stages[0].rules[:1]] == ["sharpness 0.50 < 100.00"]
+    assert [(r.column, r.op, r.threshold) for r in stages[0].rules] == [
+        ("sharpness", ">=", 100),
+        ("aspect_ratio", "<=", 3),
+    ]
+    assert stages[1:] == [ExactDedupStage("pixels"), PerceptualDedupStage(6)]
+    with pytest.raises(ConfigError, match="the column 'sharp' is unknown; did you mean 'sharpness'"):
+        load_config(write(tmp_path, text.replace("sharpness", "sharp"))).pipeline()
 
 
 def test_a_stage_of_ones_own_is_named_by_its_import_path(tmp_path: Path) -> None:

@@ -26,10 +26,11 @@ from imgcurate import (
     SemanticDedupStage,
     exact_dedup,
     perceptual_dedup,
+    schema,
     semantic_dedup,
 )
 from imgcurate.backend import Backend, list_array
-from imgcurate.catalog import Catalog
+from imgcurate.catalog import Catalog, Manifest
 from imgcurate.dedup.hashes import HashDedup
 from imgcurate.dedup.near_hashes import band_masks, near_pairs_of
 from imgcurate.dedup.verdicts import Verdicts
@@ -360,6 +361,31 @@ def test_a_cosine_holds_over_a_step_between_equal_images() -> None:
     assert out.cluster.notna().all()
     again = perceptual_dedup(exact_dedup(first), max_distance=16).compute()
     assert (again.similarity.isna() | (again.duplicate_by == "embedding")).all()
+
+
+def test_duplicates_follow_into_a_reference_run(tmp_path: Path) -> None:
+    reference = Catalog(str(tmp_path / "old"), 1)
+    reference.make_folders()
+    reference.write_part(0, chain([5, 4, 3, 2, 1, 0]).partitions[1].compute().pipe(to_arrow))
+    Manifest("0" * 64, {}, 1, state="done").save(str(tmp_path / "old"))
+    frame = chain([0, 1, 2, 3, 4, 5]).loc[lambda f: f.uid < 2]
+    out = semantic_dedup(exact_dedup(frame), eps=0.05, n_clusters=1, reference=[reference.folder])
+    out = out.compute().reset_index(drop=True)
+    assert out.status.tolist() == ["duplicate", "duplicate"]
+    assert out.duplicate_of.tolist() == [4, 4]
+    assert out.duplicate_in.tolist() == [reference.folder] * 2
+    found = f"duplicate of {reference.folder}: 00000/k4, cosine 0.980"
+    assert out.reason.tolist() == [f"duplicate of 00000/k1, same bytes, which is a {found}", found]
+    np.testing.assert_allclose(out.similarity.astype(float), 0.98, atol=1e-6)
+    # A stage after it leaves alone what belongs to another run, whose uids may be those of this one.
+    again = exact_dedup(out.pipe(dd.from_pandas, npartitions=1)).compute()
+    pd.testing.assert_frame_equal(again[list(out.columns)], out)
+
+
+def to_arrow(frame: pd.DataFrame) -> pa.Table:
+    names = list(frame.columns)
+    types = {"embedding": pa.list_(pa.float32())}
+    return Backend("cpu").frame_to_arrow(frame, schema.arrow_schema(names, types))
 
 
 def test_what_a_filter_drops_later_stays_a_filters_decision() -> None:

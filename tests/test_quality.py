@@ -285,3 +285,24 @@ def test_own_stage_is_told_facts(tmp_path: Path, photos, encode, write_tar, clie
     assert out.content_hash[0] == hashlib.blake2b(blob, digest_size=16).hexdigest()
     assert out.twice[0] == 6
     assert out[[schema.CONTENT_HASH, "twice"]].loc[1].isna().all()
+
+
+def test_perceptual_hashes_of_real_photos(data_dir: Path, encode) -> None:
+    photos = [Image.open(p).convert("RGB") for p in sorted((data_dir / "photos" / "kodak").glob("*.png"))]
+    (view,) = ImageQualityFilterStage(columns=["phash"]).views
+    decoder = Decoder([view], get_backend("cpu"), batch_size=32, num_threads=1)
+
+    def hashes(blobs: list[bytes]) -> np.ndarray:
+        found, valid = quality.perceptual_hash(quality.gray_of(decoder.decode(blobs).images[view]))
+        assert valid.all()
+        return found.numpy().view(np.uint64)
+
+    originals = hashes([encode(p, "PNG") for p in photos])
+    for copies in (
+        [encode(p, quality=30) for p in photos],
+        [encode(p.resize((p.width // 2, p.height // 2))) for p in photos],
+        [encode(p, "WEBP", quality=60) for p in photos],
+    ):
+        assert np.bitwise_count(originals ^ hashes(copies)).max() <= 4
+    apart = np.bitwise_count(originals[:, None] ^ originals)[np.triu_indices(len(photos), 1)]
+    assert apart.min() > 8

@@ -120,7 +120,7 @@ class HashDedup:
         best = Decisions(answers.uid, answers.uid, answers.name, np.ones(len(answers)))
         best = best.overridden(Decisions.from_arrow(self._files.read("overrides"))).take(at)
         leaves = best.keeper != uid[index]
-        out = Verdicts(uid, np.full(len(uid), -1, np.int64), *(np.full(len(uid), v, t) for v, t in _NOBODY))
+        out = Verdicts.stay(uid)
         out.keeper[index[leaves]] = best.keeper[leaves]
         reasons = [
             f"duplicate of {name}, {_WORDS.get(self.kind) or f'Hamming distance {_bits(similarity)}'}"
@@ -225,9 +225,6 @@ class HashDedup:
     @property
     def _masks(self) -> tuple[int, ...]:
         return tuple(self._files.read_json("bands")["masks"])
-
-
-_NOBODY: Final[tuple[tuple[Any, Any], ...]] = (("", object), (np.nan, np.float64), ("", object))
 
 
 def _takes_part(table: pa.Table, column: str) -> npt.NDArray[np.bool_]:

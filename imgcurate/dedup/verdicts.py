@@ -75,6 +75,13 @@ class Verdicts(Records):
         """Mask of the rows that leave."""
         return self.keeper >= 0
 
+    @staticmethod
+    def stay(uid: npt.NDArray[np.int64]) -> Verdicts:
+        """Return verdicts by which no row leaves."""
+        n = len(uid)
+        nothing = np.full(n, "", dtype=object)
+        return Verdicts(uid, np.full(n, -1, np.int64), nothing, np.full(n, np.nan), nothing.copy())
+
 
 class DedupJob(Protocol):
     """A way of deduplication over a catalog; picklable."""
@@ -196,8 +203,7 @@ class Ledger:
     def _moved(self, part: int, old: pa.Table) -> tuple[Verdicts, npt.NDArray[np.int64]]:
         """Return what happens to the rows that former duplicates name, and which of `old` these are."""
         files = [self._scratch.read(f"moved/{b:05d}", part) for b in range(self._n_buckets)]
-        nobody = Verdicts(*(np.empty(0, t) for t in (np.int64, np.int64, object, np.float64, object)))
-        moved = Verdicts.concat([nobody, *(Verdicts.from_arrow(f) for f in files)])
+        moved = Verdicts.concat([Verdicts.stay(np.empty(0, np.int64)), *(Verdicts.from_arrow(f) for f in files)])
         if not len(moved):
             return moved, np.empty(0, np.int64)
         moved = moved.take(np.argsort(moved.uid))
