@@ -1,7 +1,7 @@
 """Remote files as sources: what is read in order is fetched ahead, and what was fetched is kept for a second reading.
 
 Reads that follow each other make a *stream*: whole pages of 1 MiB are fetched, up to 4 MiB in a request,
-by threads that run ahead of the reader, at first one page, then twice as far as it has come, 16 MiB at
+by threads that run ahead of the reader, at first a few pages, then twice as far as it has come, 32 MiB at
 most. The pages go to the process's spool, where the decoder finds what the index fetched. Other reads
 fetch just the bytes that are asked for. In a run the bytes of a shard so travel once for its index and
 its images, and those of the kept samples once more for the export, unless the spool is too small for
@@ -30,7 +30,7 @@ __all__ = ["GAP_BYTES", "RemoteSource", "read_ahead"]
 
 GAP_BYTES: Final = 256 * 1024
 _PAGES_PER_REQUEST: Final = 4
-_AHEAD_BYTES: Final = 16 * 1024 * 1024
+_AHEAD_BYTES: Final = 32 * 1024 * 1024
 _THREADS: Final = 8
 _REQUEST_BYTES: Final = _PAGES_PER_REQUEST * PAGE_BYTES
 _readers = itertools.count()
@@ -106,12 +106,15 @@ class RemoteSource:
                 return None
             self._run_bytes += max(0, stop - self._last_stop)
             self._last_stop = max(stop, self._last_stop)
-            target = min(stop + min(_AHEAD_BYTES, 2 * self._run_bytes), self.size)
+            ahead = min(_AHEAD_BYTES, max(2 * self._run_bytes, 4 * self._gap_bytes))
+            target = min(stop + ahead, self.size)
             asked = self._asked_bytes
             if asked < stop:
                 begin = max(offset, asked)
             elif target - asked >= _REQUEST_BYTES or target == self.size:
                 begin = asked
+                if target < self.size:
+                    target -= (target - asked) % _REQUEST_BYTES
             else:
                 return asked, asked
             self._asked_bytes = max(asked, min(-(-target // PAGE_BYTES) * PAGE_BYTES, self.size))
@@ -120,7 +123,7 @@ class RemoteSource:
     def read_ahead(self) -> None:
         """Fetch the beginning of the file in the background, for who will read it."""
         if self._file.version and self._file.has_ranges:
-            self._fetches.start(self._file, self._key, 0, min(self.size, _AHEAD_BYTES // 2))
+            self._fetches.start(self._file, self._key, 0, min(self.size, _AHEAD_BYTES // 4))
 
     def _fetch_whole(self) -> IO[bytes]:
         try:
