@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -144,6 +145,21 @@ def test_the_next_image_is_not_blamed_for_a_death_to_come(isolated, photos, enco
     good = encode(photos[0].resize((3000, 3000)), "GIF")
     got = isolated.decode([killer("later"), good, good, killer("SIGSEGV")])
     assert got.ok.tolist() == [True, True, True, False]
+
+
+def test_no_image_is_blamed_for_the_death_of_the_keeper(isolated, photos, encode) -> None:
+    isolated.decode([b""])
+    isolated._keeper.kill()
+    got = isolated.decode([encode(photos[0]), encode(photos[1])])
+    assert got.ok.all()
+
+
+def test_nothing_is_left_running(plugin: Path, photos, encode) -> None:
+    with IsolatedDecoder(VIEWS, get_backend("cpu"), **OPTIONS) as decoder:
+        decoder.decode([encode(photos[0])])
+        family = [p := psutil.Process(decoder._keeper.pid), *p.children()]
+        assert len(family) == 2
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_decoder_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
