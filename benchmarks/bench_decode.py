@@ -125,8 +125,9 @@ def with_broken(blobs: Sequence[bytes], broken: int) -> list[bytes]:
     for k in range(broken):
         at = (k * len(blobs)) // broken + k
         good = blobs[k]
-        # An end marker in the middle: the header is whole, so that only decoding finds the damage.
-        hidden = good[:200] + b"\xff\xd9" + good[len(good) // 2 : len(good) // 2 + 50] + b"\xff\xd9"
+        # A Huffman table that cannot be: only decoding finds out.
+        table = good.index(b"\xff\xc4") + 5
+        hidden = good[:table] + b"\xff" * 16 + good[table + 16 :]
         out.insert(at, (good[: len(good) // 2], b"<html>not found</html>", hidden, b"")[k % 4])
     return out
 

@@ -161,6 +161,6 @@ def _result_of(future: Future, phase: str) -> pd.DataFrame:
     except KilledWorker as exc:
         raise ClusterError(
             f"{phase}: a partition killed its worker again and again (out of memory, or a crash in a "
-            "decoder); what was finished is kept: run again to go on, with fewer workers or files per partition"
+            "model or stage); what was finished is kept: run again to go on, with fewer workers or files per partition"
         ) from exc
     return frame

@@ -43,6 +43,7 @@ __all__ = ["IsolatedDecoder", "memory_limit"]
 
 BATCH_LIMIT_S: Final = 120.0
 IMAGE_LIMIT_S: Final = 60.0
+_CLOSE_LIMIT_S: Final = 5.0
 _BYTES_PER_PIXEL: Final = 24
 _MIN_MEMORY_BYTES: Final = 2 * 1024**3
 _Message = tuple[dict[str, Any], list[bytearray]]
@@ -100,10 +101,15 @@ class IsolatedDecoder:
 
     def close(self) -> None:
         """End the process."""
-        if self._keeper is not None:
-            self._keeper.kill()
-            self._keeper.wait()
-            for stream in (self._keeper.stdin, self._keeper.stdout, self._errors):
+        if self._keeper is not None and self._keeper.stdin is not None:
+            # At the end of its input the keeper ends its decoder and itself.
+            self._keeper.stdin.close()
+            try:
+                self._keeper.wait(_CLOSE_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self._keeper.kill()
+                self._keeper.wait()
+            for stream in (self._keeper.stdout, self._errors):
                 if stream is not None:
                     stream.close()
         self._keeper = self._errors = None
@@ -140,7 +146,7 @@ class IsolatedDecoder:
             answer = None
         if answer is None:
             self.close()
-            return None, "the decoder died on it, and its keeper too", len(blobs) == 1
+            return None, "the decoder died on it, and its keeper too", False
         header, buffers = answer
         if "ended" in header:
             return None, header["ended"], header["fresh"]
@@ -159,6 +165,7 @@ class IsolatedDecoder:
         self._keeper = subprocess.Popen(
             [sys.executable, "-P", "-m", "imgcurate.isolation"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment,
+            start_new_session=True,  # a Ctrl-C at the terminal is not the fault of an image
         )  # fmt: skip
         assert self._keeper.stdin is not None  # noqa: S101 - it was asked for
         assert self._keeper.stdout is not None  # noqa: S101 - it was asked for

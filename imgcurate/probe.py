@@ -117,7 +117,7 @@ def probe(
         return found if found.reason else found.refused("not an image")
     size, pixels = f"{found.width}x{found.height}", found.width * found.height
     if pixels <= 0:
-        return found.refused(f"damaged {found.format}: its header says {size} pixels")
+        return found.refused(f"damaged {found.format}: its header says that it has no pixels")
     if max_pixels is not None and pixels > max_pixels:
         return found.refused(f"{size} = {_si(pixels)}px, over the limit of {_si(max_pixels)}px (max_pixels)")
     longer, shorter = max(found.width, found.height), min(found.width, found.height)
@@ -178,9 +178,18 @@ def _probe_jpeg_frame(data: bytes, pos: int, marker: int) -> Probe:
         if scans * width * height > _MAX_SCAN_PIXELS:
             return found.refused(f"progressive JPEG of {width}x{height} pixels in {scans:,} scans: too much work")
     plain = components in (1, 3) and marker in _SOF_DALI
-    # Without an end-of-image marker the file is cut off: DALI would fail its whole batch.
-    whole = data.find(b"\xff\xd9", max(pos, len(data) - _EOI_WINDOW_BYTES)) >= 0
+    # Without an end-of-image marker or a scan the file is cut off: DALI would fail its whole batch.
+    whole = data.find(b"\xff\xd9", max(pos, len(data) - _EOI_WINDOW_BYTES)) >= 0 and _has_scan(data, pos)
     return replace(found, route="dali") if plain and whole else found
+
+
+def _has_scan(data: bytes, pos: int) -> bool:
+    """Tell if marker segments lead from one to the next up to the first scan."""
+    while pos + 4 <= len(data) and data[pos] == 0xFF and data[pos + 1] not in _STANDALONE:
+        if data[pos + 1] == 0xDA:
+            return True
+        pos += 1 if data[pos + 1] == 0xFF else 2 + (data[pos + 2] << 8 | data[pos + 3])
+    return False
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -14,6 +14,7 @@ from imgcurate.decode import MAX_PIXELS, Decoder, borrow_decoder
 from imgcurate.errors import ConfigError
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
 from imgcurate.pillow import decode_with_pillow
+from imgcurate.probe import probe
 
 CLIP = PixelView(224, 224)
 
@@ -39,13 +40,16 @@ def test_decode_keeps_the_order_around_bad_images(backend, photos, encode) -> No
 def test_decode_survives_a_batch_of_images_that_only_dali_finds_bad(backend, photos, encode) -> None:
     blobs = [encode(p) for p in photos[:12]]
     for i in (1, 3, 4, 6, 8, 9):
-        # The end marker is there, so the damage shows only while decoding.
-        middle = len(blobs[i]) // 4
-        blobs[i] = blobs[i][:200] + b"\xff\xd9" + blobs[i][middle : middle + 50] + b"\xff\xd9"
+        # A Huffman table that cannot be: the damage shows only while decoding.
+        table = blobs[i].index(b"\xff\xc4") + 5
+        blobs[i] = blobs[i][:table] + b"\xff" * 16 + blobs[i][table + 16 :]
+    assert {probe(b).route for b in blobs} == {"dali"}
     decoded = make_decoder(backend).decode(blobs)
     assert decoded.ok[[0, 2, 5, 7, 10, 11]].all()
     assert len(decoded.images[CLIP]) == decoded.ok.sum()
-    assert all(decoded.reasons[i] for i in np.flatnonzero(~decoded.ok))
+    assert {decoded.reasons[i] for i in np.flatnonzero(~decoded.ok)} == {
+        "damaged JPEG: its compressed pixels are broken"
+    }
     alone = make_decoder(backend).decode([blobs[11]])
     torch.testing.assert_close(decoded.images[CLIP][-1], alone.images[CLIP][0])
 

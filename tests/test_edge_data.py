@@ -21,7 +21,7 @@ from imgcurate.decode import Decoder
 GIB = 1024**3
 # Words of libraries and of Python that tell a person nothing.
 INNER_LIFE = re.compile(
-    r"<_io|0x[0-9a-f]{4,}|Traceback|\.(cc|cpp|h|py)\b|Error\b|Exception|data stream|b'|nullptr|::|/dali/"
+    r"<_io|\b0x[0-9a-f]{6,}|Traceback|\.(cc|cpp|h|py)\b|Error\b|Exception|data stream|b'|nullptr|::|/dali/"
 )
 
 

@@ -77,6 +77,24 @@ def test_a_member_of_many_bytes_is_not_read(tmp_path: Path, client: Client, phot
     assert reason == f"{len(jpeg) + 100_000:,} bytes, over the limit of 50,000 (max_image_bytes)"
 
 
+def test_limits_of_the_command_line_are_told_in_the_catalog(tmp_path: Path, encode, write_tar) -> None:
+    sizes = {"good": (60, 50), "small": (60, 39), "large": (300, 300), "long": (400, 41)}
+    samples = [(key, {"png": encode(Image.new("RGB", size, (9, 9, 200)), "PNG")}) for key, size in sizes.items()]
+    write_tar(tmp_path / "0.tar", samples)
+    arguments = ["--min-size", "40", "--max-pixels", "80000", "--max-aspect-ratio", "8", "--encoder", "tiny-image"]
+    process = start("curate", tmp_path / "0.tar", "-o", tmp_path / "OUT", *arguments, "--workers", "1", "-q")
+    out, err = process.communicate(timeout=120)
+    assert out == "4 samples in = 1 kept + 2 decode_error + 1 too_small\n", err
+    rows = pq.read_table(tmp_path / "OUT" / "catalog").to_pandas().set_index("key")
+    assert rows.reason.to_dict() == {
+        "good": "",
+        "small": "60x39: shorter side under the limit of 40 (min_size)",
+        "large": "300x300 = 90000 px, over the limit of 80000 px (max_pixels)",
+        "long": "400x41: aspect ratio 9.7561, over the limit of 8 (max_aspect_ratio)",
+    }
+    assert (rows.width["small"], rows.height["small"]) == (60, 39)
+
+
 def test_overwrite_never_deletes_its_own_input(shards: Path, tmp_path: Path, client: Client) -> None:
     out = tmp_path / "OUT"
     first = tiny_pipeline(str(shards / "*.tar")).run(str(out), client=client)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -30,7 +31,7 @@ VIEWS = (PixelView(32, 32), PixelView(16, 24, "longest"))
 OPTIONS = {"batch_size": 8, "num_threads": 1, "facts": ("content_hash", "channels", "pixel_hash")}
 PLUGIN = """
 import numpy, os, signal, time
-from PIL import Image, ImageFile
+from PIL import GifImagePlugin, Image, ImageFile
 
 class Killer(ImageFile.ImageFile):
     format = "PCX"
@@ -49,8 +50,7 @@ class Killer(ImageFile.ImageFile):
         elif what == "exit":
             os._exit(7)
         elif what == "later":
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            GifImagePlugin.GifImageFile.load = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)
             self.im = Image.core.fill("RGB", (8, 8), (0, 0, 0))
         else:
             os.kill(os.getpid(), getattr(signal, what))
@@ -150,9 +150,24 @@ def test_a_decoder_that_hangs_is_given_up(isolated, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_next_image_is_not_blamed_for_a_death_to_come(isolated, photos, encode) -> None:
-    good = encode(photos[0].resize((3000, 3000)), "GIF")
+    good = encode(photos[0], "GIF")
     got = isolated.decode([killer("later"), good, good, killer("SIGSEGV")])
     assert got.ok.tolist() == [True, True, True, False]
+
+
+def test_no_image_is_blamed_for_the_death_of_the_keeper(isolated, photos, encode) -> None:
+    isolated.decode([b""])
+    isolated._keeper.kill()
+    got = isolated.decode([encode(photos[0]), encode(photos[1])])
+    assert got.ok.all()
+
+
+def test_nothing_is_left_running(plugin: Path, photos, encode) -> None:
+    with IsolatedDecoder(VIEWS, get_backend("cpu"), **OPTIONS) as decoder:
+        decoder.decode([encode(photos[0])])
+        family = [p := psutil.Process(decoder._keeper.pid), *p.children()]
+        assert len(family) == 2
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_decoder_that_cannot_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -442,3 +442,11 @@ def test_index_shard_of_a_remote_shard_is_that_of_a_local_one(case: str, tmp_pat
     assert remote.table.drop([schema.SHARD]).equals(local.table.drop([schema.SHARD]))
     assert remote.problems == local.problems
     assert set(column(remote, schema.SHARD)) == {url}
+
+
+def test_a_format_that_is_not_decoded_is_the_image_of_last_resort(tmp_path: Path, write_tar) -> None:
+    samples = [("a", {"svg": b"1", "txt": b"", "png": b"22"}), ("b", {"txt": b"", "x.exr": b"1", "exr": b"333"}),
+               ("c", {"hdr": b"1", "v2.tga": b"4444"}), ("d", {"txt": b""})]  # fmt: skip
+    table = index_shard(str(write_tar(tmp_path / "0.tar", samples)), 0).table
+    assert table["ext"].to_pylist() == ["png", "exr", "v2.tga", ""]
+    assert table["status"].to_pylist() == ["ok", "ok", "ok", "no_image"]

@@ -99,6 +99,13 @@ class ImageReaderStage(Stage):
         Members to have as columns, by extension: ``("txt", "json")`` gives captions and metadata.
     num_gpus_per_worker : float
         Share of a GPU that one task takes: 0.25 runs four tasks at once on each GPU.
+
+    Notes
+    -----
+    In a pipeline's run a partition whose worker died, or whose run was killed, is decoded once more in
+    a process of its own (on the CPU, see :mod:`imgcurate.isolation`): an image that kills that one too,
+    or takes it more than 60 s, gets the status ``decoder_crash``. Functions on frames have no folder to
+    remember a death in: there such an image ends the computation as Dask's ``KilledWorker``.
     """
 
     dali_batch_size: int = 32
