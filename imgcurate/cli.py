@@ -126,7 +126,7 @@ def demo(
 def curate(
     inputs: Inputs,
     output: Output,
-    encoder: Annotated[str, typer.Option(help="open_clip model, or tiny-image (needs no weights).")] = "ViT-L-14",
+    encoder: Annotated[str, typer.Option(help="open_clip model; tiny-image (needs no weights); or none.")] = "ViT-L-14",
     pretrained: Annotated[str, typer.Option(help="open_clip tag, or a weights file.")] = "openai",
     model_dir: Annotated[str | None, typer.Option(help="Folder with weights; what is missing is downloaded.")] = None,
     min_aesthetic: Annotated[float | None, typer.Option(min=0, max=1, help="Keep aesthetic_score >= F.")] = None,
@@ -143,7 +143,9 @@ def curate(
     perceptual: Annotated[
         int | None, typer.Option(min=0, max=16, help="Remove images whose pHash differs in at most N of 64 bits.")
     ] = None,
-    dedup: Annotated[bool, typer.Option("--dedup/--no-dedup", help="Remove semantic duplicates.")] = True,
+    dedup: Annotated[
+        bool | None, typer.Option("--dedup/--no-dedup", help="Remove semantic duplicates; the default with an encoder.")
+    ] = None,
     eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
     n_clusters: Annotated[int | None, typer.Option(min=1, help="Clusters for dedup; chosen if not given.")] = None,
     which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of equals.")] = "hard",
@@ -180,9 +182,13 @@ def curate(
 
     stages: list[Any] = []
     hashes = [c for c, asked in ((schema.CONTENT_HASH, exact_dedup), (schema.PHASH, perceptual is not None)) if asked]
-    if quality or hashes:
-        stages.append(ImageQualityFilterStage(quality_ranges(quality or []), columns=None if quality else hashes))
-    stages.append(ImageEmbeddingStage(encoder, pretrained, model_dir, model_inference_batch_size=batch_size))
+    embeds = encoder != "none"
+    # Without an encoder these measures are why images are decoded, so that broken ones are found.
+    if quality or hashes or not embeds:
+        columns = hashes if hashes and not quality else None
+        stages.append(ImageQualityFilterStage(quality_ranges(quality or []), columns=columns))
+    if embeds:
+        stages.append(ImageEmbeddingStage(encoder, pretrained, model_dir, model_inference_batch_size=batch_size))
     if min_aesthetic is not None:
         stages.append(ImageAestheticFilterStage(min_aesthetic, model_dir))
     if max_nsfw is not None:
@@ -191,7 +197,7 @@ def curate(
         stages.append(ExactDedupStage(keep_by=keep_by))
     if perceptual is not None:
         stages.append(PerceptualDedupStage(perceptual, keep_by=keep_by))
-    if dedup:
+    if embeds if dedup is None else dedup:
         stages.append(
             SemanticDedupStage(
                 eps=eps, n_clusters=n_clusters if n_clusters is not None else "auto", which_to_keep=which_to_keep,

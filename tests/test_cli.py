@@ -124,6 +124,8 @@ def test_inspect_counts_and_reports(run, shards: Path, tmp_path: Path) -> None:
         (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image", "--min-aesthetic", "0.5"],
          "aesthetic.*tiny-image"),
         (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--device", "tpu"], "device='tpu' is none of"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "none", "--max-nsfw", "0.5"],
+         "stage nsfw needs the column 'embedding'"),
         (["run", "{tmp}/none.yaml", "-o", "{tmp}/OUT"], "cannot read .*none.yaml"),
         (["inspect", "{tmp}/none.tar"], "no such input"),
     ],
@@ -169,16 +171,17 @@ def test_curate_filters_by_quality_and_removes_copies(tmp_path: Path, run, photo
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     blob = encode(noise)
     pictures = {"a": blob, "b": blob, "c": encode(noise, quality=60), "d": encode(photos[0].resize((60, 60)))}
+    pictures["e"] = blob[:300]
     write_tar(tmp_path / "in.tar", [(key, {"jpg": data}) for key, data in pictures.items()])
     code, out, err = run(
-        "curate", tmp_path / "in.tar", "-o", tmp_path / "OUT", "--encoder", "tiny-image", "--no-dedup", "--workers", 1,
+        "curate", tmp_path / "in.tar", "-o", tmp_path / "OUT", "--encoder", "none", "--workers", 1,
         "--quality", "width=100:", "--quality", "entropy=:8", "--exact-dedup", "--perceptual", 6, "--quiet",
     )  # fmt: skip
     assert code == 0, err
-    assert out[-1] == "4 samples in = 1 kept + 2 duplicate + 1 quality"
+    assert out[-1] == "5 samples in = 1 kept + 1 decode_error + 2 duplicate + 1 quality"
     rows = pq.read_table(tmp_path / "OUT" / "catalog" / "part-00000.parquet").to_pylist()
-    assert [r["status"] for r in rows] == ["ok", "duplicate", "duplicate", "quality"]
-    assert [r["duplicate_by"] for r in rows] == [None, "content", "phash", None]
+    assert [r["status"] for r in rows] == ["ok", "duplicate", "duplicate", "quality", "decode_error"]
+    assert [r["duplicate_by"] for r in rows] == [None, "content", "phash", None, None]
     assert rows[1]["reason"] == "duplicate of in/a, same bytes"
     assert rows[3]["reason"] == "width 60 < 100"
     assert rows[3]["sharpness"] > 0
