@@ -171,7 +171,11 @@ def _look_into(folder: str, storage_options: StorageOptions | None) -> tuple[lis
     if tables and (not images or _has_images(tables[0], storage_options)):
         return tables, {}
     if not images:
-        raise InputError(f"the folder {folder} holds no tar, no table and no image: expected {_EXPECTED}")
+        bare = sum(not split_key(n)[1] for n in visible)
+        why = f" ({bare:,} files without an extension are not looked at)" if bare else ""
+        raise InputError(f"the folder {folder} holds no tar, no table and no image{why}: expected {_EXPECTED}")
+    if bare := sum(not split_key(n)[1] for n in visible):
+        logger.warning("%s: %d files without an extension belong to no sample", folder, bare)
     return [], {quoted(name): size for name, size in sizes.items()}
 
 

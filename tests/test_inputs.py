@@ -141,6 +141,8 @@ def test_a_folder_stands_for_the_tars_in_it(shards: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="holds no tar, no table and no image: expected a tar"):
         find_shards(str(tmp_path))
     (tmp_path / "page").write_bytes(b"<html>")
+    with pytest.raises(InputError, match=r"and no image \(1 files without an extension are not looked at\): expected"):
+        find_shards(str(tmp_path))
     with pytest.raises(InputError, match="is of an unknown kind .*: expected a tar"):
         find_shards(str(tmp_path / "page"))
     tar = next(shards.glob("*.tar"))
