@@ -2,20 +2,23 @@
 
     pip install -r benchmarks/peers/requirements-dedup.txt      # what is missing is left out
     python benchmarks/bench_dedup.py --rows 50000
+    python benchmarks/bench_dedup.py --fastdup-python V/bin/python      # see peers/fastdup_driver.py
 
 The vectors are random unit rows, a fifth of them planted near-duplicates of others with cosines from 0.955 to
 0.999; eps is 0.05. Beside the times stands what each way finds: the share of near pairs (by brute force) of which
-one row goes, and how many rows went without a row that stays and is near. All use all cores.
+one row goes, and how many rows went without a row that stays and is near. All use all cores. The time of
+fastdup holds the start of its own Python and the file that the vectors travel in.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 
 import numpy as np
 from harness import Case, argument_parser, compare
-from peers.dedup import BLOCK, EPS, METHODS
+from peers.dedup import BLOCK, EPS, METHODS, fastdup
 
 NEEDS = {"faiss_exact": "faiss", "faiss_ivf": "faiss", "imagededup": "imagededup"}
 
@@ -25,7 +28,12 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=20_000, help="vectors (default: 20,000)")
     parser.add_argument("--dim", type=int, default=512, help="values of a vector (default: 512)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--fastdup-python", metavar="PYTHON", help="a Python that has fastdup")
     args = parser.parse_args()
+    ways = dict(METHODS)
+    if args.fastdup_python:
+        ways["fastdup"] = functools.partial(fastdup, args.fastdup_python)
+        args.methods.append("fastdup")
     rows = 600 if args.smoke else args.rows
     x = planted(rows, args.dim)
     methods = [m for m in args.methods if importlib.util.find_spec(NEEDS.get(m, "numpy"))]
@@ -35,7 +43,7 @@ def main() -> int:
         found[name] = kept
         return {"rows": len(kept)}
 
-    cases = [Case(m, lambda m=m: METHODS[m](x), lambda kept, m=m: count(m, kept), {"rows": rows}) for m in methods]
+    cases = [Case(m, lambda m=m: ways[m](x), lambda kept, m=m: count(m, kept), {"rows": rows}) for m in methods]
     code = compare(
         "dedup", cases, args, baseline="imgcurate" if "imgcurate" in methods else None,
         parameters={"rows": rows, "dim": args.dim, "eps": EPS}, packages=["faiss-cpu", "imagededup", "scikit-learn"],

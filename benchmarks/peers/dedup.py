@@ -8,7 +8,10 @@ stays is then decided by the greedy rule, in the order of the rows. imagededup a
 from __future__ import annotations
 
 import logging
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -98,6 +101,17 @@ def imagededup(x: np.ndarray) -> np.ndarray:
     kept = np.ones(len(x), dtype=bool)
     kept[[int(name) for name in remove]] = False
     return kept
+
+
+def fastdup(python: str, x: np.ndarray) -> np.ndarray:
+    """Run fastdup by a Python of its own."""
+    driver = Path(__file__).with_name("fastdup_driver.py")
+    with tempfile.TemporaryDirectory() as folder:
+        vectors, kept = Path(folder) / "vectors.npy", Path(folder) / "kept.npy"
+        np.save(vectors, x)
+        subprocess.run([python, driver, vectors, kept, str(EPS)], check=True, capture_output=True)
+        mask: np.ndarray = np.load(kept)
+    return mask
 
 
 def greedy(near: np.ndarray, n: int) -> np.ndarray:
