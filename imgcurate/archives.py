@@ -58,7 +58,7 @@ class Archives:
     """
 
     def __init__(self, storage_options: StorageOptions | None = None, limit: int = 8) -> None:
-        self._options, self._limit, self._open = storage_options, limit, dict[str, Source]()
+        self._options, self._limit, self._open = storage_options, limit, dict[str, tuple[str, Source]]()
 
     def __enter__(self) -> Callable[[str], Source]:
         return self._get
@@ -71,27 +71,36 @@ class Archives:
         if url not in self._open:
             if len(self._open) >= self._limit:
                 self._release(next(iter(self._open)))
-            self._open[url] = _take_idle(url) or open_archive(url, self._options)
-        return self._open[url]
+            # Taken before it is opened: should the file be replaced meanwhile, the old one is not kept as the new.
+            state = _state(url)
+            self._open[url] = state, _take_idle(url, state) or open_archive(url, self._options)
+        return self._open[url][1]
 
     def _release(self, url: str) -> None:
-        source = self._open.pop(url)
-        if isinstance(source, (ForwardSource, TableSource)) and is_local(url):
-            _keep_idle(url, source)
+        state, source = self._open.pop(url)
+        if isinstance(source, (ForwardSource, TableSource)) and state:
+            _keep_idle(url, state, source)
         else:
             source.close()
 
 
-def _take_idle(url: str) -> Source | None:
-    if not is_local(url):
-        return None
-    with _idle_lock:
-        return _idle.pop((url, modified(url)), None) if any(u == url for u, _ in _idle) else None
+def _state(url: str) -> str:
+    """Return what tells one state of a local file from another; '' of a remote one, and of one that is gone."""
+    try:
+        return modified(url) if is_local(url) else ""
+    except OSError:
+        return ""
 
 
-def _keep_idle(url: str, source: Source) -> None:
+def _take_idle(url: str, state: str) -> Source | None:
     with _idle_lock:
-        _idle[url, modified(url)] = source
-        surplus = [_idle.pop(next(iter(_idle))) for _ in range(len(_idle) - _MAX_IDLE)]
+        return _idle.pop((url, state), None)
+
+
+def _keep_idle(url: str, state: str, source: Source) -> None:
+    with _idle_lock:
+        surplus = [_idle[url, state]] if (url, state) in _idle else []
+        _idle[url, state] = source
+        surplus += [_idle.pop(next(iter(_idle))) for _ in range(len(_idle) - _MAX_IDLE)]
     for old in surplus:
         old.close()
