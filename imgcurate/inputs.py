@@ -25,6 +25,7 @@ from imgcurate.errors import InputError
 from imgcurate.folders import file_url, list_folder, quoted
 from imgcurate.samples import split_key
 from imgcurate.shards import IMAGE_EXTENSIONS, TAR_ENDINGS, Shard
+from imgcurate.sidecars import NO_SIDECARS, Sidecars
 from imgcurate.storage import (
     StorageOptions,
     expand_urls,
@@ -95,8 +96,10 @@ def find_shards(
     return sorted(shards, key=lambda s: (s.url, s.files[:1]))
 
 
-def describe_shards(shards: Sequence[Shard], storage_options: StorageOptions | None = None) -> list[dict[str, Any]]:
-    """Return what the shards are now: URL, size and state of each, as plain data.
+def describe_shards(
+    shards: Sequence[Shard], storage_options: StorageOptions | None = None, sidecars: Sidecars = NO_SIDECARS
+) -> list[dict[str, Any]]:
+    """Return what the shards are now: URL, size and state of each, as plain data, and the state of joined sidecars.
 
     Raises
     ------
@@ -107,7 +110,8 @@ def describe_shards(shards: Sequence[Shard], storage_options: StorageOptions | N
     def describe(shard: Shard) -> dict[str, Any]:
         if not shard.files:
             nbytes, state = file_size(shard.url, storage_options), modified(shard.url, storage_options)
-            return {"url": shard.url, "nbytes": nbytes, "modified": state}
+            beside = {"sidecar": sidecars.state(shard, storage_options)} if sidecars.columns else {}
+            return {"url": shard.url, "nbytes": nbytes, "modified": state, **beside}
         states = _file_states(shard)
         digest = hashlib.sha256("\n".join(f"{f} {s}" for f, s in zip(shard.files, states, strict=True)).encode())
         return {"url": shard.url, "files": len(shard.files), "modified": digest.hexdigest()[:32]}

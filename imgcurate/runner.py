@@ -108,7 +108,7 @@ class Run:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        inputs = describe_shards(self.shards, self.options)
+        inputs = self._inputs()
         stages = [{**stage_config(s), **s.fingerprint()} for s in self.stages]
         stages = [{k: v for k, v in s.items() if k not in _NOT_IN_FINGERPRINT} for s in stages]
         versions = {p: importlib.metadata.version(p) for p in _PACKAGES}
@@ -121,9 +121,12 @@ class Run:
             "inputs": inputs,
         }
 
+    def _inputs(self) -> list[dict[str, Any]]:
+        return describe_shards(self.shards, self.options, self.sidecars)
+
     def _check_inputs(self, manifest: Manifest) -> None:
         """Refuse to call a run done whose inputs changed under it: it may hold some of both states."""
-        for before, now in zip(manifest.config["inputs"], describe_shards(self.shards, self.options), strict=True):
+        for before, now in zip(manifest.config["inputs"], self._inputs(), strict=True):
             if before != now:
                 raise ImgcurateError(
                     f"{now['url']} changed while the run was going on, so its output cannot be relied on: "

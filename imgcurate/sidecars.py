@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from imgcurate import schema
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.shards import TAR_ENDINGS, Shard
-from imgcurate.storage import StorageError, StorageOptions, exists, open_source
+from imgcurate.storage import StorageError, StorageOptions, exists, modified, open_source
 from imgcurate.streams import SourceFile
 
 __all__ = ["NO_SIDECARS", "SidecarColumns", "Sidecars", "find_sidecars"]
@@ -48,6 +48,11 @@ class Sidecars:
     def types(self) -> dict[str, pa.DataType]:
         """Arrow types by name in the frame."""
         return {name: type_ for _, name, type_ in self.columns}
+
+    def state(self, shard: Shard, storage_options: StorageOptions | None = None) -> str:
+        """Return what tells one state of a shard's sidecar from another; '' if it has none."""
+        url = _sidecar_url(shard)
+        return modified(url, storage_options) if url is not None and exists(url, storage_options) else ""
 
     def join(self, table: pa.Table, shard: Shard, storage_options: StorageOptions | None = None) -> pa.Table:
         """Return the index of a shard with the columns of its sidecar.

@@ -328,6 +328,11 @@ def test_columns_of_sidecars_join_the_frame_and_the_output(img2dataset: Path, cl
     assert catalog.punsafe["000000003"] == 0.75
     assert json.loads(catalog.tags["000000003"]) == ["a", "3"]
     assert catalog.error_message.isna().all()
+    pipeline = tiny_pipeline(str(img2dataset))
+    assert pipeline.run(str(tmp_path / "OUT"), client=client) == result
+    os.utime(img2dataset / "00001.parquet", (0, 0))
+    with pytest.raises(ConfigError, match=r"inputs\[1\]\.sidecar"):
+        pipeline.run(str(tmp_path / "OUT"), client=client)
     sidecar = pq.read_table(result.shards[0].replace(".tar", ".parquet"))
     assert column(sidecar, "url")[:2] == ["https://x.org/000000000.jpg", "https://x.org/000000001.jpg"]
     # What imgcurate wrote is read again without its own sidecars.
