@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from imgcurate.errors import InputError
+from imgcurate.extensions import IMAGE_EXTENSIONS, TABLE_ENDINGS, TAR_ENDINGS
 from imgcurate.folders import file_url, list_folder, quoted
 from imgcurate.samples import split_key
-from imgcurate.shards import IMAGE_EXTENSIONS, TAR_ENDINGS, Shard
+from imgcurate.shards import Shard
 from imgcurate.sidecars import NO_SIDECARS, Sidecars
 from imgcurate.storage import (
     StorageOptions,
@@ -43,7 +44,6 @@ from imgcurate.tar_blocks import BLOCK, checksum_is_right
 
 __all__ = ["describe_shards", "find_shards"]
 
-TABLE_ENDINGS: Final = (".parquet", ".arrow", ".feather")
 _SAMPLES_PER_SHARD: Final = 256
 _EXPECTED: Final = (
     "a tar (.tar, .tar.gz, .tar.zst ...), a Parquet or Arrow file with a column of images, a folder of any of these "

@@ -2,7 +2,7 @@ r"""Shards -> the index of their samples: key, members, byte offsets. No pixel i
 
 Which members make a sample is said in :mod:`imgcurate.samples`. Further:
 
-- The image is the first member whose extension is one of :data:`IMAGE_EXTENSIONS`, else the first
+- The image is the first member whose extension is one of :data:`~imgcurate.extensions.IMAGE_EXTENSIONS`, else the first
   whose extension ends with one (``v2.jpg``), else the first of a format that is known and not
   decoded (``exr``, ``svg`` ...), which is reported as such. A sample without an image has the status ``no_image``.
 - Where the archive is damaged, the samples before stay, and one row has the status ``tar_error``: the
@@ -24,7 +24,8 @@ import pyarrow as pa
 
 from imgcurate import schema
 from imgcurate.archives import open_archive
-from imgcurate.errors import printable
+from imgcurate.errors import InputError, printable
+from imgcurate.extensions import IMAGE_EXTENSIONS, REFUSED_EXTENSIONS
 from imgcurate.folders import files_members, quoted
 from imgcurate.samples import Samples, group_members, mark_damage
 from imgcurate.storage import Source, file_size, is_local, join_url, read_bytes, read_ranges
@@ -32,15 +33,8 @@ from imgcurate.streams import DamagedStreamError, ForwardSource
 from imgcurate.tables import TableSource
 from imgcurate.tar import Damage, Members, Problem, TarScan, quoted_name, scan_tar, shown_name
 
-__all__ = ["IMAGE_EXTENSIONS", "TAR_ENDINGS", "Shard", "ShardIndex", "index_shard"]
+__all__ = ["Shard", "ShardIndex", "index_shard"]
 
-IMAGE_EXTENSIONS: Final = frozenset(
-    "jpg jpeg jpe jfif mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm pam jp2 j2k j2c jpc jpf jpx avif heic "
-    "heif hif ico tga qoi pcx sgi".split()
-)
-TAR_ENDINGS: Final = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-# Images that are not decoded: each gets a reason that names its format.
-_REFUSED_EXTENSIONS: Final = frozenset("exr hdr ff svg psd dds jxl jxr icns".split())
 # A remote shard is read through a spool, so small windows cost no requests; where images are larger than the
 # gap, nothing but headers is fetched here.
 _REMOTE_WINDOW_BYTES: Final = 64 * 1024
@@ -177,7 +171,7 @@ def _open(shard: Shard, storage_options: Mapping[str, Any] | None) -> Iterator[_
         return
     try:
         source = open_archive(shard.url, storage_options, gap_bytes=_REMOTE_GAP_BYTES)
-    except DamagedStreamError as exc:
+    except (DamagedStreamError, InputError) as exc:
         scan = TarScan(Members.none(), [], Damage(0, str(exc), ""))
         yield _Contents(scan, None, {}, lambda _: iter(()), file_size(shard.url, storage_options))
         return
@@ -257,7 +251,7 @@ def _images(samples: Samples) -> np.ndarray:
     image = np.full(len(samples.keys), -1)
     exact = np.array([e in IMAGE_EXTENSIONS for e in samples.exts], bool)
     alike = np.array([e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in samples.exts], bool)
-    refused = np.array([e in _REFUSED_EXTENSIONS for e in samples.exts], bool)
+    refused = np.array([e in REFUSED_EXTENSIONS for e in samples.exts], bool)
     for wanted in (refused, alike, exact):
         candidates = np.flatnonzero(wanted[samples.ext])[::-1]
         # Of several values for one place NumPy keeps the last: here the first member.

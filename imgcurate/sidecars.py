@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from imgcurate import schema
 from imgcurate.errors import ConfigError, InputError
-from imgcurate.shards import TAR_ENDINGS, Shard
+from imgcurate.extensions import TAR_ENDINGS
+from imgcurate.shards import Shard
 from imgcurate.storage import StorageError, StorageOptions, exists, modified, open_source
 from imgcurate.streams import SourceFile
 

@@ -7,9 +7,9 @@ way of tar shards:
   ``bytes`` and ``path``, else a binary column called as in :data:`IMAGE_COLUMNS`, else the only binary one.
 - The *key* is the column ``__key__`` or ``key``, else the image's path, else ``file_name``, ``image_id``
   or ``id``, else the name of the file and the number of the row. An extension is cut off, dots in the base
-  name become ``_``, ``..`` is left out.
+  name become ``_``, ``..`` is left out, and ``__x`` becomes ``_x``, for WebDataset skips such names.
 - A column ``caption``, ``text`` or ``txt`` is the member ``txt``; all columns that are not binary are the
-  member ``json``; other binary columns are members of their own, ``mask.png``.
+  member ``json`` (NaN is null there); other binary columns are members of their own, ``mask.png``.
 
 Offsets are those of that tar; those of row group `g` begin at ``g << 40``.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcurate.errors import InputError
+from imgcurate.extensions import IMAGE_EXTENSIONS, REFUSED_EXTENSIONS
 from imgcurate.storage import Source, StorageOptions, open_source
 from imgcurate.streams import UNKNOWN_SIZE, DamagedStreamError, ForwardSource, SourceFile
 from imgcurate.tar import Damage, Members, TarScan
@@ -183,6 +185,8 @@ class _Layout:
         Other columns of bytes.
     key, caption : str or None
         The columns of keys and captions.
+    words : tuple of str
+        What the members of `binaries` are called, all different.
     stem : str
         What keys begin with where the rows have none.
     """
@@ -192,27 +196,34 @@ class _Layout:
     key: str | None
     caption: str | None
     stem: str
+    words: tuple[str, ...]
 
     @staticmethod
     def of(schema: pa.Schema, url: str) -> _Layout:
+        twice = next((n for i, n in enumerate(schema.names) if n in schema.names[:i]), None)
+        if twice is not None:
+            raise InputError(f"{url} has two columns {twice!r}: expected names that are all different")
         image = image_column(schema)
         if image is None:
             raise InputError(
                 f"{url} has no column of images among {', '.join(schema.names)}: expected a struct of bytes and path, "
                 f"or a binary column called {', '.join(IMAGE_COLUMNS[:4])} ..."
             )
-        binaries = tuple(f.name for f in schema if (_is_binary(f.type) or _is_image_struct(f.type)) and f.name != image)
+        caption = next((n for n in _CAPTION_COLUMNS if n in schema.names and _is_text(schema.field(n).type)), None)
+        binaries = tuple(f.name for f in schema if _is_bytes(f.type) and f.name not in (image, caption))
+        words = [_word(n) for n in binaries]
+        words = [w if w not in words[:i] else f"{w}_{i}" for i, w in enumerate(words)]
         has_path = _is_image_struct(schema.field(image).type)
         key = _first(schema, _KEY_COLUMNS) or (None if has_path else _first(schema, _NAME_COLUMNS))
-        caption = next((n for n in _CAPTION_COLUMNS if n in schema.names and _is_text(schema.field(n).type)), None)
         stem = url.rsplit("/", 1)[-1].rpartition(".")[0]
-        return _Layout(image, binaries, key, caption, stem)
+        return _Layout(image, binaries, key, caption, stem, tuple(words))
 
     def rows(self, batch: pa.RecordBatch, first_row: int) -> Iterator[_Row]:
         """Return the members, (name, bytes) each, of the rows of a batch."""
         images = _Bytes(batch[self.image])
-        others = {name: _Bytes(batch[name]) for name in self.binaries}
-        plain = [n for n in batch.schema.names if n != self.image and n not in self.binaries]
+        others = {word: _Bytes(batch[name]) for word, name in zip(self.words, self.binaries, strict=True)}
+        captions = None if self.caption is None else _Bytes(batch[self.caption])
+        plain = [n for n in batch.schema.names if n != self.image and not _is_bytes(batch.schema.field(n).type)]
         records = batch.select(plain).to_pylist() if plain else [{}] * len(batch)
         for i, record in enumerate(records):
             path, image = images.path(i), images.data(i)
@@ -220,24 +231,26 @@ class _Layout:
             key = _clean_key(name) or f"{_clean_key(self.stem)}/{first_row + i:09d}"
             members: _Row = []
             if image is not None:
-                members.append((f"{key}.{_extension(image, path)}", image))
-            if self.caption is not None and record[self.caption] is not None:
-                members.append((f"{key}.txt", record[self.caption].encode()))
+                members.append((f"{key}.{_extension(image, path, 'jpg')}", image))
+            if captions is not None and (caption := captions.data(i)) is not None:
+                members.append((f"{key}.txt", caption))
             if path is not None:
                 record = {self.image: path, **record}
             if record or not members:
-                members.append((f"{key}.json", json.dumps(record, ensure_ascii=False, default=_plain).encode()))
-            for column, values in others.items():
+                members.append((f"{key}.json", _json(record)))
+            for word, values in others.items():
                 data = values.data(i)
                 if data is not None:
-                    members.append((f"{key}.{_word(column)}.{_extension(data, values.path(i), 'bin')}", data))
+                    members.append((f"{key}.{word}.{_extension(data, values.path(i), 'bin')}", data))
             yield members
 
 
 class _Bytes:
-    """A column of bytes, or of structs of bytes and path, without copies."""
+    """A column of bytes or text, or of structs of bytes and path, without copies."""
 
     def __init__(self, column: pa.Array) -> None:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
         self._paths: list[str | None] = [None] * len(column)
         if pa.types.is_struct(column.type):
             if column.type.get_field_index("path") >= 0:
@@ -262,20 +275,39 @@ def _clean_key(name: object) -> str:
         return ""
     stem, dot, ext = parts[-1].rpartition(".")
     base = stem if dot and stem and len(ext) <= 5 and ext.isalnum() and not ext.isdigit() else parts[-1]
-    return "/".join([*parts[:-1], base.replace(".", "_")])
+    parts[-1] = base.replace(".", "_")
+    # WebDataset takes names that begin with two underscores for metadata.
+    parts[0] = f"_{parts[0].lstrip('_')}" if parts[0].startswith("__") else parts[0]
+    return "/".join(parts)
 
 
 def _word(column: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in column.lower()) or "_"
 
 
-def _extension(data: Any, path: str | None, otherwise: str = "jpg") -> str:
+def _extension(data: Any, path: str | None, otherwise: str) -> str:
     head = bytes(data[:16])
     for offset, magic, ext in _MAGICS:
         if head[offset : offset + len(magic)] == magic:
             return ext
     ext = (path or "").rpartition(".")[2].lower()
-    return ext if path and "." in path and ext.isalnum() and len(ext) <= 5 else otherwise
+    return ext if ext in IMAGE_EXTENSIONS or ext in REFUSED_EXTENSIONS else otherwise
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False, default=_plain, allow_nan=False).encode()
+    except ValueError:
+        return json.dumps(_finite(record), ensure_ascii=False, default=_plain).encode()
+
+
+def _finite(value: Any) -> Any:
+    """Return a value without numbers that JSON does not know: NaN is null, infinity a word."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: object) -> object:
@@ -291,11 +323,19 @@ def _first(schema: pa.Schema, names: Sequence[str]) -> str | None:
 
 
 def _is_binary(type_: pa.DataType) -> bool:
+    type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_))
 
 
 def _is_text(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
+    """Return whether a column can hold captions: text, also as bytes."""
+    plain = type_.value_type if pa.types.is_dictionary(type_) else type_
+    is_string = pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)
+    return bool(is_string or _is_binary(type_))
+
+
+def _is_bytes(type_: pa.DataType) -> bool:
+    return _is_binary(type_) or _is_image_struct(type_)
 
 
 def _is_image_struct(type_: pa.DataType) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import decimal
 import gzip
 import io
 import json
@@ -241,7 +243,8 @@ def test_rows_of_one_key_stay_rows_of_their_own(photos, encode, tmp_path: Path) 
     [
         ("a/b.c/d.jpg", "a/b.c/d"), ("../../etc/x", "etc/x"), ("/abs/x.png", "abs/x"), ("v1.2.jpg", "v1_2"),
         ("https://x.org/i.jpeg", "https:/x.org/i"), ("a\0b", "a_b"), ("x.2024", "x_2024"), ("", "t/000000000"),
-        ("..", "t/000000000"), (None, "t/000000000"), ("n" * 300, "n" * 300), ("\u00e4", "\u00e4"),
+        ("..", "t/000000000"), ("__x__", "_x__"), ("__a/b", "_a/b"), ("a/__x__", "a/__x__"),
+        (None, "t/000000000"), ("n" * 300, "n" * 300), ("\u00e4", "\u00e4"),
     ],
 )  # fmt: skip
 def test_keys_of_rows_name_members_that_are_read_back(key: str | None, expected: str, tmp_path: Path) -> None:
@@ -263,6 +266,47 @@ def test_image_column_goes_by_metadata_type_and_name() -> None:
         (pa.schema([("x", pa.binary())], {"huggingface": "not json"}), "x"),
     ]
     assert [image_column(s) for s, _ in cases] == [expected for _, expected in cases]
+
+
+JPEG = b"\xff\xd8\xff\xe0"
+
+
+@pytest.mark.parametrize(
+    ("columns", "members", "json_"),
+    [
+        ({"image": pa.array([JPEG]).dictionary_encode()}, ["jpg"], None),
+        ({"image": pa.array([JPEG], pa.large_binary()), "txt": [b"as bytes"]}, ["jpg", "txt"], None),
+        ({"image": [JPEG], "caption": pa.array(["x"]).dictionary_encode()}, ["jpg", "txt", "json"], {"caption": "x"}),
+        ({"image": [JPEG], "a b": [b"1"], "a.b": [b"2"]}, ["jpg", "a_b.bin", "a_b_1.bin"], None),
+        ({"image": pa.array([{"bytes": b"<html>", "path": "x.txt"}]), "text": ["c"]}, ["jpg", "txt", "json"],
+         {"image": "x.txt", "text": "c"}),
+        ({"image": [JPEG], "f": [float("nan")], "g": [[float("inf"), 1.0]], "t": [dt.date(2024, 2, 29)],
+          "d": [decimal.Decimal("1.50")], "s": [{"b": b"x", "n": None}]}, ["jpg", "json"],
+         {"f": None, "g": ["inf", 1.0], "t": "2024-02-29", "d": "1.50", "s": {"b": "eA==", "n": None}}),
+    ],
+    ids=["dictionary", "large and bytes", "dictionary of captions", "words alike", "misleading path", "odd values"],
+)  # fmt: skip
+def test_columns_become_members(
+    columns: dict[str, Any], members: list[str], json_: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    for path in (tmp_path / "t.parquet", tmp_path / "t.arrow"):
+        write_table(pa.table(columns), path)
+        index = index_shard(find_shards(str(path))[0], 0, texts=("json",)).table
+        assert column(index, schema.MEMBERS) == [members]
+        found = column(index, "json")[0]
+        assert (None if found is None else json.loads(found, parse_constant=pytest.fail)) == json_
+
+
+def test_a_table_of_other_columns_among_others_is_a_row(photos, encode, client: Client, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"jpg": [encode(photos[0])]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"url": ["x"]}), tmp_path / "b.parquet")
+    twice = pa.Table.from_arrays([pa.array([encode(photos[1])]), pa.array([1]), pa.array([2])], ["jpg", "n", "n"])
+    pq.write_table(twice, tmp_path / "c.parquet")
+    result = tiny_pipeline(str(tmp_path)).run(str(tmp_path / "OUT"), client=client)
+    assert result.counts == {"ok": 1, "tar_error": 2}
+    reasons = result.catalog.compute().reason.tolist()
+    assert "has no column of images among url" in reasons[1]
+    assert "has two columns 'n'" in reasons[2]
 
 
 def test_a_table_without_images_is_refused_before_the_run(tmp_path: Path) -> None:

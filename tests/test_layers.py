@@ -15,10 +15,9 @@ PACKAGE = Path(imgcurate.__file__).parent
 
 # Each module may import those above it, not those below.
 ORDER = (
-    "errors schema backend filesystems spool objects remote storage streams tar_blocks tar folders tables archives "
-    "samples shards sidecars inputs frame signatures probe pillow facts batches decode isolation quality models "
-    "catalog dedup "
-    "execution export stages plan cluster results runner pipeline config inspection demo cli"
+    "errors schema extensions backend filesystems spool objects remote storage streams tar_blocks tar folders tables "
+    "archives samples shards sidecars inputs frame signatures probe pillow facts batches decode isolation quality "
+    "models catalog dedup execution export stages plan cluster results runner pipeline config inspection demo cli"
 ).split()
 GPU_LIBRARIES = {"cudf", "cupy", "cuml", "dask_cudf", "dask_cuda", "rmm", "pylibcudf"}
 

@@ -18,8 +18,9 @@ from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from imgcurate import schema
+from imgcurate.extensions import IMAGE_EXTENSIONS
 from imgcurate.samples import split_key
-from imgcurate.shards import IMAGE_EXTENSIONS, ShardIndex, index_shard
+from imgcurate.shards import ShardIndex, index_shard
 from imgcurate.storage import atomic_write
 from imgcurate.tar import BLOCK, end_of_archive
 
