@@ -79,10 +79,11 @@ def open_client(
         return
     _check_main_guard()
     backend = get_backend(device)
-    if backend.is_gpu:
-        cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
-    else:
-        cluster = _cpu_cluster(n_workers, dashboard_address)
+    with _logging_alike():
+        if backend.is_gpu:
+            cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
+        else:
+            cluster = _cpu_cluster(n_workers, dashboard_address)
     with _closing(cluster), _closing(Client(cluster)) as client:
         client.run(_ignore_interrupts)
         yield client
@@ -193,14 +194,18 @@ def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalC
         host=_LOOPBACK,
         dashboard_address=dashboard_address,
         # torch, DALI and BLAS read these when the worker starts.
-        env={f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")} | _logging_env(),
+        env={f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")},
     )
 
 
-def _logging_env() -> dict[str, str]:
-    """Return what makes workers log as this process was told to."""
-    level = dask.config.get("logging.distributed", None)
-    return {"DASK_LOGGING__DISTRIBUTED": level} if isinstance(level, str) else {}
+def _logging_alike() -> Any:
+    """Make the workers that are started in this context, also later ones in their place, log as this process does.
+
+    Dask sets up its logging when it is imported, so the variable has to be there before a worker's Python starts.
+    """
+    key, level = "distributed.nanny.pre-spawn-environ", dask.config.get("logging.distributed", None)
+    more = {"DASK_LOGGING__DISTRIBUTED": level} if isinstance(level, str) else {}
+    return dask.config.set({key: {**dask.config.get(key, {}), **more}})
 
 
 def _cuda_cluster(n_workers: int | None, tasks_per_gpu: int, dashboard_address: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import time
 import zlib
 from pathlib import Path
 
+import dask
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -369,3 +371,12 @@ def test_a_server_that_does_not_know_ranges_is_understood(tmp_path: Path, shards
         server.shutdown()
     expected = index_shard(str(shards / "00000.tar"), 0).table
     assert found.drop_columns("shard").equals(expected.drop_columns("shard"))
+
+
+def distributed_level() -> int:
+    return logging.getLogger("distributed").level
+
+
+def test_workers_log_as_their_client_was_told_to() -> None:
+    with dask.config.set(logging={"distributed": "critical"}), open_client(device="cpu", n_workers=1) as client:
+        assert set(client.run(distributed_level).values()) == {logging.CRITICAL}
