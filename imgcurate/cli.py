@@ -186,7 +186,11 @@ def curate(
     # Without an encoder these measures are why images are decoded, so that broken ones are found.
     if quality or hashes or not embeds:
         columns = hashes if hashes and not quality else None
-        stages.append(ImageQualityFilterStage(quality_ranges(quality or []), columns=columns))
+        ranges = quality_ranges(quality or [])
+        try:
+            stages.append(ImageQualityFilterStage(ranges, columns=columns))
+        except ConfigError as exc:
+            raise ConfigError(f"--quality: {str(exc).removeprefix('ranges: ')}") from exc
     if embeds:
         stages.append(ImageEmbeddingStage(encoder, pretrained, model_dir, model_inference_batch_size=batch_size))
     if min_aesthetic is not None:

@@ -165,6 +165,8 @@ def test_help_and_version(run) -> None:
     assert code == 0
     assert all(any(command in line for line in lines) for command in ("demo", "curate", "run", "inspect"))
     assert run("--version")[1] == ["imgcurate 0.1.0"]
+    done = subprocess.run([sys.executable, "-m", "imgcurate", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == "imgcurate 0.1.0\n"
 
 
 def test_curate_filters_by_quality_and_removes_copies(tmp_path: Path, run, photos, encode, write_tar) -> None:
@@ -195,7 +197,7 @@ def test_curate_filters_by_quality_and_removes_copies(tmp_path: Path, run, photo
         ("sharpness=a:", "should be COLUMN=MIN:MAX"),
         ("sharpness=1:2:3", "should be COLUMN=MIN:MAX"),
         ("sharpness=nan:", "pair"),
-        ("sharpnes=1:", "did you mean 'sharpness'"),
+        ("sharpnes=1:", "wrong usage: --quality: the column 'sharpnes' is unknown; did you mean 'sharpness'"),
     ],
 )
 def test_curate_says_what_is_wrong_with_a_range(tmp_path: Path, run, given: str, message: str) -> None:
