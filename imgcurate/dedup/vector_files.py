@@ -274,6 +274,7 @@ def find_vectors(
 def _files_of(url: str, options: StorageOptions | None) -> Iterator[tuple[str, str]]:
     """Yield (file with embeddings, file with its ids or "") of a file or folder."""
     if not is_folder(url, options):
+        file_size(url, options)  # Says so if there is no such file.
         yield url, "" if url.endswith(".npy") else url
         return
     vectors = list_files(join_url(url, "img_emb"), ".npy", options)
