@@ -138,8 +138,8 @@ def test_ids_come_back_as_they_are(tmp_path: Path, client: Client, ids: list, ty
 
 
 def test_rows_without_a_direction_stay(tmp_path: Path, client: Client) -> None:
-    rows = [None, [0.0, 0.0], [1.0, float("nan")], [float("inf"), 1.0], [1.0, None], [3.0, 4.0], [0.3, 0.4], [3e200, 4e200],
-            [3e-200, 4e-200]]  # fmt: skip
+    none = [None, [0.0, 0.0], [1.0, float("nan")], [float("inf"), 1.0], [1.0, None]]
+    rows = [*none, [3.0, 4.0], [0.3, 0.4], [3e200, 4e200], [3e-200, 4e-200]]
     source = write(tmp_path / "a.parquet", range(9), pa.array(rows, pa.list_(pa.float64())))
     dedup_embeddings(source, str(tmp_path / "out"), client=client)
     kept, removed = outcome(tmp_path / "out")
@@ -189,7 +189,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, client: Client) -> None:
     fails("object.npy holds object", str(tmp_path / "object.npy"))
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
     fails("cut.npy is no npy file", str(tmp_path / "cut.npy"))
-    fails("no such file|does not exist|cannot read", str(tmp_path / "nothing.parquet"))
+    fails("nothing.parquet", str(tmp_path / "nothing.parquet"))
 
 
 def clip_retrieval(folder: Path, x: np.ndarray, sizes: list[int]) -> str:
