@@ -150,11 +150,11 @@ def dedup_embeddings(
     find = partial(
         find_vectors, id_field=id_field, embedding_field=embedding_field, input_options=storage_options
     )  # fmt: skip
+    folder = str(Path(local_path(output_dir)).absolute()) if is_local(output_dir) else output_dir
     columns = config.keep_order.columns
-    files = find(inputs, columns=[c for c in columns if c != schema.UID])
+    files = find(inputs, columns=[c for c in columns if c != schema.UID], output=folder)
     references = tuple(find(r) for r in reference)
     _check_alike(files, references)
-    folder = str(Path(local_path(output_dir)).absolute()) if is_local(output_dir) else output_dir
     run = _Run(files, references, tuple(reference), config, folder)
     with contextlib.ExitStack() as stack:
         if client is None and scheduler is None:

@@ -261,6 +261,16 @@ def test_a_folder_holds_one_run(tmp_path: Path, client: Client) -> None:
         dedup_embeddings(source, str(tmp_path / "foreign"), overwrite=True, client=client)
 
 
+def test_the_output_may_lie_among_the_inputs(tmp_path: Path, client: Client) -> None:
+    write(tmp_path / "a.parquet", range(30), planted(30, 10))
+    first = dedup_embeddings(str(tmp_path), str(tmp_path / "out"), client=client, keep_by=["-uid"])
+    removed = outcome(tmp_path / "out")[1]
+    assert (removed.id < removed.duplicate_of).all()
+    assert dedup_embeddings(str(tmp_path), str(tmp_path / "out"), client=client, keep_by=["-uid"]) == first
+    with pytest.raises(InputError, match="the inputs lie in the output folder"):
+        dedup_embeddings(str(tmp_path / "out" / "*.parquet"), str(tmp_path / "out"), client=client)
+
+
 def test_a_stopped_run_goes_on(tmp_path: Path, client: Client) -> None:
     x = planted(300, 100)
     source = write(tmp_path / "a.parquet", range(300), x)

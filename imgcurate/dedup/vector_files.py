@@ -230,6 +230,7 @@ def find_vectors(
     id_field: str = "id",
     embedding_field: str = "embedding",
     columns: Sequence[str] = (),
+    output: str | None = None,
     input_options: StorageOptions | None = None,
 ) -> VectorFiles:
     """Find ids and embeddings, and plan the parts from the footers of the files.
@@ -243,6 +244,8 @@ def find_vectors(
         Columns of the Parquet files.
     columns : sequence of str
         Other columns that must be there, with numbers.
+    output : str, optional
+        Folder whose files are left out, where a pattern or a folder holds them.
     input_options : mapping, optional
         Passed to fsspec.
 
@@ -257,6 +260,11 @@ def find_vectors(
     found: dict[str, str] = {}
     for url in expand_urls(inputs, input_options):
         found |= dict(_files_of(url, input_options))
+    if output is not None:
+        inside = [url for url in found if url.startswith(output.rstrip("/") + "/")]
+        if len(inside) == len(found):
+            raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
+        found = {url: table for url, table in found.items() if url not in inside}
     parts: list[VectorPart] = []
     types: list[pa.DataType] = []
     uid = 0
