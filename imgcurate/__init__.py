@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         semantic_dedup,
         write_webdataset,
     )
+    from imgcurate.standalone import DedupedEmbeddings, dedup_embeddings
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,8 @@ _HOMES = {
     "read_webdataset": "frame",
     "Pipeline": "pipeline",
     "Result": "pipeline",
+    "DedupedEmbeddings": "standalone",
+    "dedup_embeddings": "standalone",
     "DatasetStage": "stages",
     "ExactDedupStage": "stages",
     "FilePartitioningStage": "stages",
@@ -81,6 +84,7 @@ _HOMES = {
 
 __all__ = [
     "DatasetStage",
+    "DedupedEmbeddings",
     "ExactDedupStage",
     "FilePartitioningStage",
     "ImageAestheticFilterStage",
@@ -99,6 +103,7 @@ __all__ = [
     "Rule",
     "SemanticDedupStage",
     "Worker",
+    "dedup_embeddings",
     "embed",
     "exact_dedup",
     "open_client",

@@ -241,6 +241,55 @@ def run(
     typer.echo(result.accounting())
 
 
+@app.command(epilog="Example: imgcurate dedup embeddings.parquet -o OUT --id-field id --eps 0.05")
+def dedup(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="EMBEDDINGS...", help="Parquet, npy, folders of these or of clip-retrieval, globs."),
+    ],
+    output: Output,
+    id_field: Annotated[str, typer.Option(help="Column of ids: integers, strings or bytes.")] = "id",
+    embedding_field: Annotated[str, typer.Option(help="Column of lists of numbers.")] = "embedding",
+    eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
+    eps_list: Annotated[list[float] | None, typer.Option(help="Count for this eps too; repeatable.")] = None,
+    n_clusters: Annotated[int | None, typer.Option(min=1, help="k-means clusters; chosen if not given.")] = None,
+    n_probe: Annotated[int, typer.Option(min=1, help="Clusters in which a row is looked for.")] = 2,
+    which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of equals.")] = "hard",
+    keep_by: Annotated[
+        list[str] | None, typer.Option(help="Column that decides first who stays; repeatable. '-' prefers the larger.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="representatives, or semdedup: the published rule.")] = "representatives",
+    reference: Annotated[
+        list[str] | None, typer.Option(help="Embeddings whose rows stay in any case; repeatable.")
+    ] = None,
+    only_reference: Annotated[
+        bool, typer.Option("--only-reference", help="Compare with the reference alone, as for an evaluation set.")
+    ] = False,
+    storage_option: StorageOption = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove duplicates among embeddings of any source: which ids stay, and what the others duplicate."""
+    from imgcurate.config import storage_options
+    from imgcurate.standalone import dedup_embeddings
+
+    try:
+        with _progress(quiet) as progress:
+            result = dedup_embeddings(
+                inputs, output, id_field=id_field, embedding_field=embedding_field, eps=eps,
+                eps_list=eps_list or (), n_clusters=n_clusters or "auto", n_probe=n_probe,
+                which_to_keep=which_to_keep, keep_by=keep_by or (), mode=mode, reference=reference or (),
+                only_reference=only_reference, storage_options=storage_options(storage_option or []),
+                scheduler=scheduler, device=device, n_workers=workers, overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt as exc:
+        raise _StoppedError from exc
+    typer.echo(result.accounting())
+
+
 @app.command(epilog="Example: imgcurate inspect 'shards/*.tar'")
 def inspect(
     inputs: Inputs,

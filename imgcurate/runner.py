@@ -24,6 +24,7 @@ from imgcurate.execution import RESULT_META, Progress, call_frame, number_frame,
 from imgcurate.export import OutputShard, kept_counts, plan_shards, shard_name, write_shard
 from imgcurate.frame import ShardGroup, frame_of_groups, group_shards
 from imgcurate.inputs import describe_shards
+from imgcurate.outputs import find_run, open_run
 from imgcurate.plan import Phase, Plan
 from imgcurate.results import Result
 from imgcurate.shards import Shard
@@ -32,12 +33,10 @@ from imgcurate.stages.executor import apply_stages
 from imgcurate.storage import (
     exclusive,
     file_size,
-    free_bytes,
     join_url,
     list_files,
     make_folder,
     remove_temporary_files,
-    remove_tree,
 )
 
 __all__ = ["Run"]
@@ -47,7 +46,6 @@ _NOT_IN_FINGERPRINT: Final = frozenset(
     {"num_threads", "num_gpus_per_worker", "storage_options", "model_dir", "output_dir", "file_paths"}
 )
 _PACKAGES: Final = ("torch", "open_clip_torch", "pillow", "numpy", "scikit-learn")
-_MIN_FREE_BYTES: Final = 64 * 1024**2
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +69,7 @@ class Run:
 
         Needs no cluster.
         """
-        manifest = self._find(overwrite=overwrite)
+        manifest = find_run(self.folder, self._config, work="catalog", overwrite=overwrite)
         if manifest is None or manifest.state != "done" or manifest.fingerprint != fingerprint(self._config):
             return None
         return self._result(manifest)
@@ -82,7 +80,10 @@ class Run:
         _ = self._config
         make_folder(self.folder)
         with exclusive(self.folder):
-            return self._execute(self._open(overwrite=overwrite))
+            manifest = open_run(
+                self.folder, self._config, len(self.groups), work="catalog", overwrite=overwrite
+            )  # fmt: skip
+            return self._execute(manifest)
 
     def _execute(self, manifest: Manifest) -> Result:
         catalog = Catalog(self.folder, len(self.groups))
@@ -132,41 +133,6 @@ class Run:
                     f"{now['url']} changed while the run was going on, so its output cannot be relied on: "
                     "run again with --overwrite"
                 )
-
-    def _find(self, *, overwrite: bool) -> Manifest | None:
-        """Return the manifest in the output folder if it is that of this run; refuse what must not be touched."""
-        manifest = Manifest.load(self.folder)
-        if manifest is not None and manifest.fingerprint != fingerprint(self._config):
-            nothing_done = manifest.state == "running" and not list_files(join_url(self.folder, "catalog"), ".parquet")
-            if not overwrite and manifest.state != "clearing" and not nothing_done:
-                raise ConfigError(
-                    f"{self.folder} holds another run ({difference(manifest.config, self._config)}): "
-                    "name another output folder, or overwrite it (--overwrite)"
-                )
-        names = [n for n in list_files(self.folder, "") if not (n.startswith(".") and n.endswith(".tmp"))]
-        if manifest is None and names:
-            raise ConfigError(f"{self.folder} is not empty and holds no run of imgcurate: name another output folder")
-        return manifest
-
-    def _open(self, *, overwrite: bool) -> Manifest:
-        """Start a run in the output folder, or find the one that is to go on."""
-        config, digest = self._config, fingerprint(self._config)
-        manifest = self._find(overwrite=overwrite)
-        if manifest is not None and (manifest.fingerprint != digest or manifest.state == "clearing"):
-            # Said first, so that a run which is killed now does not pass for the old one.
-            manifest.state = "clearing"
-            manifest.save(self.folder)
-            for name in ("catalog", "checkpoint", "dedup", "shards"):
-                remove_tree(join_url(self.folder, name))
-            manifest = None
-        remove_temporary_files(self.folder)
-        if manifest is None:
-            free = free_bytes(self.folder)
-            if free is not None and free < _MIN_FREE_BYTES:
-                raise ImgcurateError(f"only {free:,} bytes are free on the disk of {self.folder}")
-            manifest = Manifest(digest, config, len(self.groups))
-            manifest.save(self.folder)
-        return manifest
 
     def _run_phases(self, catalog: Catalog) -> Catalog:
         for number, phase in enumerate(self.plan.phases):
@@ -334,22 +300,3 @@ def _without_output(shards: list[Shard], folder: str) -> list[Shard]:
     if inside:
         logger.warning("%d inputs lie in the output folder and are left out: %s ...", len(inside), inside[0])
     return [s for s in shards if s.url not in set(inside)]
-
-
-def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
-    """Name the first place where two configurations differ, with both values."""
-    for key in sorted({*old, *new}):
-        a, b, where = old.get(key), new.get(key), f"{path}{key}"
-        if a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            return difference(a, b, f"{where}.")
-        if isinstance(a, list) and isinstance(b, list):
-            if len(a) == len(b):
-                i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
-                if isinstance(a[i], dict) and isinstance(b[i], dict):
-                    return difference(a[i], b[i], f"{where}[{i}].")
-                return f"{where}[{i}]: {a[i]} there, {b[i]} asked for"
-            return f"{where}: {len(a)} there, {len(b)} asked for"
-        return f"{where}: {a} there, {b} asked for"
-    return "the same configuration"

@@ -11,10 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imgcurate import schema
-from imgcurate.catalog import Catalog
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.decide import Decider
-from imgcurate.dedup.exchange import REFERENCE_SHIFT, Exchange, Scratch, TaskRunner
+from imgcurate.dedup.exchange import REFERENCE_SHIFT, Exchange, RowParts, Scratch, TaskRunner
 from imgcurate.dedup.passes import REFERENCE_BIT
 from imgcurate.dedup.verdicts import EMBEDDING, Verdicts
 from imgcurate.storage import join_url
@@ -71,7 +70,7 @@ class CatalogDedup:
 
     Attributes
     ----------
-    catalog : Catalog
+    catalog : RowParts
         Its parts have ``uid shard key status embedding`` and the columns of ``keep_by``.
     config : DedupConfig
         The parameters.
@@ -79,17 +78,17 @@ class CatalogDedup:
         URL of a folder that all workers can write to.
     device : {"auto", "cpu", "gpu"}
         Where the workers compute.
-    references : tuple of Catalog
+    references : tuple of RowParts
         Sets whose rows stay in any case.
     bucket_bytes : int, optional
         As in :class:`~imgcurate.dedup.exchange.Exchange`.
     """
 
-    catalog: Catalog
+    catalog: RowParts
     config: DedupConfig
     scratch: str
     device: str = "auto"
-    references: tuple[Catalog, ...] = ()
+    references: tuple[RowParts, ...] = ()
     bucket_bytes: int | None = None
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from imgcurate import schema
 from imgcurate.backend import array_from_list_column, get_backend
-from imgcurate.catalog import Catalog, read_batch, write_batches
+from imgcurate.catalog import read_batch, write_batches
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.kmeans import fit_centroids
 from imgcurate.dedup.names import sample_names, shard_names
@@ -29,7 +29,7 @@ from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
 from imgcurate.errors import ConfigError
 from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
 
-__all__ = ["REFERENCE_SHIFT", "Exchange", "Scratch", "TaskRunner", "numeric_column"]
+__all__ = ["REFERENCE_SHIFT", "Exchange", "RowParts", "Scratch", "TaskRunner", "numeric_column"]
 
 _MIN_BUCKET_BYTES: Final = 128 * 1024**2
 _MAX_BUCKET_BYTES: Final = 1024**3
@@ -39,6 +39,38 @@ REFERENCE_SHIFT: Final = 56
 
 TaskRunner = Callable[[str, Callable[[int], dict[str, Any]], Sequence[int]], dict[int, dict[str, Any]]]
 """Runs ``function(number)`` for each number on the cluster; the first argument names the step."""
+
+
+class RowParts(Protocol):
+    """Rows in numbered parts, of which a task reads one; picklable. A :class:`~imgcurate.catalog.Catalog` is one.
+
+    Columns are those of a catalog: ``uid`` (int64, below 2^56, each once), ``shard``, ``key``, ``status``,
+    ``embedding`` and any others.
+    """
+
+    @property
+    def folder(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts."""
+        ...
+
+    @property
+    def storage_options(self) -> StorageOptions | None:
+        """Passed to fsspec for the scratch folder."""
+        ...
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of all parts."""
+        ...
+
+    def read(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read a part."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -97,9 +129,9 @@ class Exchange:
 
     Attributes
     ----------
-    catalog : Catalog
+    catalog : RowParts
         Its parts have ``uid shard key status embedding`` and the columns of ``keep_by``.
-    references : tuple of Catalog
+    references : tuple of RowParts
         Sets whose rows stay in any case; ``uid shard key status embedding``.
     config : DedupConfig
         The parameters.
@@ -112,8 +144,8 @@ class Exchange:
         but at least 128 MiB and at most 1 GiB. A task needs about four times as much.
     """
 
-    catalog: Catalog
-    references: tuple[Catalog, ...]
+    catalog: RowParts
+    references: tuple[RowParts, ...]
     config: DedupConfig
     scratch: Scratch
     device: str = "auto"
@@ -158,7 +190,7 @@ class Exchange:
         """Return the centroids, (k, d) float32 with unit rows."""
         return _matrix_of(self.scratch.read("centroids"))
 
-    def _source(self, part: int) -> tuple[Catalog, int, int]:
+    def _source(self, part: int) -> tuple[RowParts, int, int]:
         """Return (catalog, number of the part in it, what to set in its uids)."""
         for i, catalog in enumerate((self.catalog, *self.references)):
             if part < catalog.n_parts:

@@ -18,11 +18,14 @@ __all__ = ["sample_names", "shard_names"]
 
 
 def sample_names(table: pa.Table, alike: Mapping[str, str]) -> npt.NDArray[Any]:
-    """Return how samples are named in words: ``<shard stem>/<key>``, more of the shard's path if it is in `alike`."""
+    """Return how samples are named in words: ``<shard stem>/<key>``, more of the shard's path if it is in `alike`.
+
+    A key without a shard is the name as it is: then it is the id of a row, which must come back unchanged.
+    """
     shards, keys = table[schema.SHARD].to_pylist(), table[schema.KEY].to_pylist()
     stems = {s: printable(alike.get(s, _stem(s))) for s in set(shards)}
     names = np.empty(len(keys), dtype=object)
-    names[:] = [f"{stems[s]}/{printable(k)}" for s, k in zip(shards, keys, strict=True)]
+    names[:] = [f"{stems[s]}/{printable(k)}" if s else k for s, k in zip(shards, keys, strict=True)]
     return names
 
 

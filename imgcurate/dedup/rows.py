@@ -41,7 +41,14 @@ def unit_rows(x: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray
         block = x[at].astype(np.float64)
         finite = np.isfinite(block).all(axis=1)
         block[~finite] = 0
-        norm = np.sqrt((block * block).sum(axis=1))
+        with np.errstate(over="ignore", under="ignore"):
+            norm = np.sqrt((block * block).sum(axis=1))
+        odd = ~(np.isfinite(norm) & (norm > 1e-150))
+        if odd.any():
+            # Squares of values this large or small are no longer float64.
+            largest = np.abs(block[odd]).max(axis=1, initial=0)
+            block[odd] /= np.where(largest > 0, largest, 1)[:, None]
+            norm[odd] = np.sqrt((block[odd] ** 2).sum(axis=1))
         valid[at] = norm > 0
         out[at] = block / np.where(norm > 0, norm, 1)[:, None]
     return out, valid

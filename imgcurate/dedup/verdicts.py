@@ -25,8 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcurate import schema
-from imgcurate.catalog import Catalog
-from imgcurate.dedup.exchange import Scratch, TaskRunner
+from imgcurate.dedup.exchange import RowParts, Scratch, TaskRunner
 from imgcurate.dedup.keep import hash_uids
 from imgcurate.dedup.records import Records
 from imgcurate.storage import join_url
@@ -87,7 +86,7 @@ class DedupJob(Protocol):
     """A way of deduplication over a catalog; picklable."""
 
     @property
-    def catalog(self) -> Catalog:
+    def catalog(self) -> RowParts:
         """What it is about."""
 
     @property

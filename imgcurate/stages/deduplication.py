@@ -22,7 +22,7 @@ from imgcurate.stages.base import DatasetStage
 from imgcurate.stages.dedup_frames import client_runner, decided_frame, dedup_frame
 from imgcurate.storage import join_url, make_folder
 
-__all__ = ["SemanticDedupStage", "semantic_dedup"]
+__all__ = ["SemanticDedupStage", "save_summary", "semantic_dedup"]
 
 _ADDS = (schema.CLUSTER, schema.DUPLICATE_OF, schema.DUPLICATE_BY, schema.SIMILARITY)
 
@@ -148,7 +148,7 @@ class SemanticDedupStage(DatasetStage):
         job = CatalogDedup(before, self.config, scratch_dir, device, references)
         run_tasks = client_runner(client, progress)
         removed = job.run(run_tasks)
-        _save_summary(job, removed, join_url(before.folder, "dedup"))
+        save_summary(job, removed, join_url(before.folder, "dedup"))
         return decided_frame(job, run_tasks, device, [schema.STATUS, schema.REASON, *_added(self.reference)])
 
 
@@ -246,8 +246,8 @@ def _encoders(catalog: Catalog) -> set[str]:
     return set()
 
 
-def _save_summary(job: CatalogDedup, removed: Mapping[float, int], folder: str) -> None:
-    """Write the curve of what stays over eps, and the centroids."""
+def save_summary(job: CatalogDedup, removed: Mapping[float, int], folder: str) -> None:
+    """Write the curve of what stays over eps, and the centroids, named like the scratch folder of the job."""
     name = job.scratch.rstrip("/").rsplit("/", 1)[-1].removesuffix("-scratch")
     make_folder(folder, job.catalog.storage_options)
     out = Scratch(folder, job.catalog.storage_options)

@@ -1,0 +1,413 @@
+"""Files of ids and embeddings, from anywhere -> rows in parts, as deduplication reads them.
+
+- *Parquet*: a column of ids and a column of lists of numbers, of one length in all files.
+- *clip-retrieval*: a folder with ``img_emb/img_emb_<n>.npy`` and ``metadata/metadata_<n>.parquet``, whose
+  rows belong together.
+- *npy* files alone: the id of a row is its number.
+
+A row is known by its number, over all files in the order of their URLs; so ids may repeat. A part is some
+row groups of a file, or a range of rows of a larger one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgcurate import schema
+from imgcurate.dedup.vectors import NpyFile, ids_as_keys, ids_from_keys, list_lengths, unified_type
+from imgcurate.errors import InputError, nearest
+from imgcurate.storage import (
+    StorageOptions,
+    expand_urls,
+    file_size,
+    is_folder,
+    is_local,
+    join_url,
+    list_files,
+    list_tree,
+    local_path,
+    modified,
+    open_source,
+)
+from imgcurate.streams import SourceFile
+
+__all__ = ["VectorFiles", "find_vectors"]
+
+_PART_BYTES: Final = 128 * 1024**2
+_PART_ROWS: Final = 262_144
+_READ_ROWS: Final = 8192
+_BUFFER_BYTES: Final = 1024**2
+_OWN_COLUMNS: Final = (schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.EMBEDDING)
+
+
+@dataclass(frozen=True)
+class VectorPart:
+    """A range of rows of a file.
+
+    Attributes
+    ----------
+    table : str
+        URL of the Parquet file of ids and other columns; "" if there is none.
+    vectors : str
+        URL of the npy file with the embeddings; "" if they are in the table.
+    uid : int
+        Number of its first row over all files.
+    first, n_rows : int
+        Its first row in the file, and how many it has.
+    """
+
+    table: str
+    vectors: str
+    uid: int
+    first: int
+    n_rows: int
+
+    @property
+    def url(self) -> str:
+        """The file that the embeddings are in."""
+        return self.vectors or self.table
+
+
+@dataclass(frozen=True)
+class VectorFiles:
+    """Ids and embeddings in files; small and picklable, so tasks carry it. See :func:`find_vectors`.
+
+    Attributes
+    ----------
+    folder : str
+        What it is called in messages.
+    parts : tuple of VectorPart
+        In the order of the rows.
+    id_field, embedding_field : str
+        Columns of the tables.
+    id_type : DataType
+        Of all ids.
+    dim : int
+        Values of an embedding; 0 if there is none.
+    input_options : mapping, optional
+        Passed to fsspec for the files.
+    storage_options : mapping, optional
+        Passed to fsspec for what deduplication writes.
+    """
+
+    folder: str
+    parts: tuple[VectorPart, ...]
+    id_field: str
+    embedding_field: str
+    id_type: pa.DataType
+    dim: int = 0
+    input_options: StorageOptions | None = None
+    storage_options: StorageOptions | None = None
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts."""
+        return len(self.parts)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return sum(p.n_rows for p in self.parts)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns that all files have in the names of a catalog."""
+        return pa.schema([(c, schema.arrow_type(c)) for c in _OWN_COLUMNS])
+
+    def read(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read columns of a part by their names in a catalog, or in the files.
+
+        ``uid`` is the number of the row, ``key`` the id as text, ``status`` always ``ok``.
+
+        Raises
+        ------
+        InputError
+            If a file changed or is damaged, an id is null, or an embedding has another length than the first.
+        """
+        part = self.parts[number]
+        names = list(_OWN_COLUMNS if columns is None else columns)
+        stored = [c for c in names if c not in _OWN_COLUMNS]
+        if schema.KEY in names and part.table:
+            stored.append(self.id_field)
+        if schema.EMBEDDING in names and not part.vectors:
+            stored.append(self.embedding_field)
+        table = _read_rows(part, list(dict.fromkeys(stored)), self.input_options) if stored else None
+        made = {}
+        for name in names:
+            if name == schema.UID:
+                made[name] = pa.array(np.arange(part.uid, part.uid + part.n_rows, dtype=np.int64))
+            elif name in (schema.STATUS, schema.SHARD):
+                made[name] = pa.repeat(pa.scalar(schema.STATUS_OK if name == schema.STATUS else ""), part.n_rows)
+            elif name == schema.KEY:
+                made[name] = ids_as_keys(self._ids(part, table))
+            elif name == schema.EMBEDDING:
+                made[name] = self._embeddings(part, table)
+            else:
+                made[name] = table[name] if table is not None else None
+        return pa.table(made)
+
+    def ids(self, number: int) -> pa.Array:
+        """Return the ids of a part, of type :attr:`id_type`."""
+        part = self.parts[number]
+        table = _read_rows(part, [self.id_field], self.input_options) if part.table else None
+        return self._ids(part, table)
+
+    def ids_from_keys(self, keys: Sequence[str]) -> pa.Array:
+        """Return the ids that were made keys by :meth:`read`."""
+        return ids_from_keys(keys, self.id_type)
+
+    def files(self) -> list[dict[str, Any]]:
+        """Return what the files are now: URL, size and state of each, as plain data."""
+        urls = dict.fromkeys(url for part in self.parts for url in (part.table, part.vectors) if url)
+        return [
+            {"url": u, "nbytes": file_size(u, self.input_options), "modified": modified(u, self.input_options)}
+            for u in urls
+        ]
+
+    def with_dim(self) -> VectorFiles:
+        """Return the same with the length of the first embedding that is not null."""
+        for part in self.parts:
+            if part.vectors:
+                with _npy(part.vectors, self.input_options) as npy:
+                    return replace(self, dim=npy.dim)
+            for batch in _batches(part, [self.embedding_field], self.input_options):
+                lengths = list_lengths(batch[0]).drop_null()
+                if len(lengths):
+                    dim = lengths[0].as_py()
+                    if not dim:
+                        raise InputError(f"{part.url}: the first embedding that is not null has no values")
+                    return replace(self, dim=dim)
+        return self
+
+    def _ids(self, part: VectorPart, table: pa.Table | None) -> pa.Array:
+        if table is None:
+            return pa.array(np.arange(part.uid, part.uid + part.n_rows, dtype=np.int64))
+        ids = table[self.id_field].combine_chunks()
+        if isinstance(ids.type, pa.BaseExtensionType):
+            ids = ids.storage
+        if ids.null_count:
+            row = part.first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
+            raise InputError(f"{part.table}: row {row} has no {self.id_field}: every row needs an id to be named by")
+        try:
+            return ids.cast(self.id_type)
+        except pa.ArrowException as exc:
+            raise InputError(f"{part.table}: {self.id_field} does not fit the type of all ids: {exc}") from exc
+
+    def _embeddings(self, part: VectorPart, table: pa.Table | None) -> pa.Array:
+        if part.vectors:
+            with _npy(part.vectors, self.input_options) as npy:
+                x = npy.read(part.first, part.n_rows)
+            if len(x) and npy.dim != self.dim:
+                raise InputError(f"{part.vectors}: embeddings of {npy.dim} values; the first file has {self.dim}")
+            return pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), self.dim or 1)
+        assert table is not None  # noqa: S101 - read() reads the column where there is no npy file
+        column = table[self.embedding_field].combine_chunks()
+        if isinstance(column.type, pa.BaseExtensionType):
+            column = column.storage
+        lengths = list_lengths(column)
+        wrong = np.flatnonzero(pc.fill_null(pc.not_equal(lengths, self.dim), False).to_numpy(zero_copy_only=False))
+        if len(wrong):
+            raise InputError(
+                f"{part.table}: row {part.first + wrong[0]} has an embedding of {lengths[wrong[0]]} values, "
+                f"and the first one has {self.dim}: all must have the same length"
+            )
+        return column
+
+
+def find_vectors(
+    inputs: str | Sequence[str],
+    *,
+    id_field: str = "id",
+    embedding_field: str = "embedding",
+    columns: Sequence[str] = (),
+    output: str | None = None,
+    input_options: StorageOptions | None = None,
+) -> VectorFiles:
+    """Find ids and embeddings, and plan the parts from the footers of the files.
+
+    Parameters
+    ----------
+    inputs : str or sequence of str
+        Paths, URLs, globs and braces: Parquet files, npy files, folders of either (to any depth), folders
+        of clip-retrieval. Their order does not matter.
+    id_field, embedding_field : str
+        Columns of the Parquet files.
+    columns : sequence of str
+        Other columns that must be there, with numbers.
+    output : str, optional
+        Folder whose files are left out, where a pattern or a folder holds them.
+    input_options : mapping, optional
+        Passed to fsspec.
+
+    Raises
+    ------
+    InputError
+        If a file does not exist, cannot be read, or lacks a column.
+    """
+    taken = [c for c in columns if c in _OWN_COLUMNS and c != schema.UID]
+    if taken:
+        raise InputError(f"keep_by: {taken[0]!r} cannot be used here; 'uid' is the number of the row")
+    found: dict[str, str] = {}
+    for url in expand_urls(inputs, input_options):
+        found |= dict(_files_of(url, input_options))
+    if output is not None:
+        inside = [url for url in found if url.startswith(output.rstrip("/") + "/")]
+        if len(inside) == len(found):
+            raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
+        found = {url: table for url, table in found.items() if url not in inside}
+    parts: list[VectorPart] = []
+    types: list[pa.DataType] = []
+    uid = 0
+    for url, table in sorted(found.items()):
+        of_file, id_type = _plan_file(url, table, uid, (id_field, embedding_field, *columns), input_options)
+        parts += of_file
+        types.append(id_type)
+        uid += sum(p.n_rows for p in of_file)
+    name = inputs if isinstance(inputs, str) else " ".join(map(str, inputs))
+    id_type = unified_type(id_field, dict(zip(sorted(found), types, strict=True)))
+    files = VectorFiles(name, tuple(parts), id_field, embedding_field, id_type, input_options=input_options)
+    return files.with_dim()
+
+
+def _files_of(url: str, options: StorageOptions | None) -> Iterator[tuple[str, str]]:
+    """Yield (file with embeddings, file with its ids or "") of a file or folder."""
+    if not is_folder(url, options):
+        file_size(url, options)  # Says so if there is no such file.
+        yield url, "" if url.endswith(".npy") else url
+        return
+    vectors = list_files(join_url(url, "img_emb"), ".npy", options)
+    if vectors:
+        tables = {_number(n): n for n in list_files(join_url(url, "metadata"), ".parquet", options)}
+        for name in vectors:
+            if _number(name) not in tables:
+                raise InputError(f"{url}: img_emb/{name} has no metadata/metadata_{_number(name)}.parquet beside it")
+            yield join_url(url, "img_emb", name), join_url(url, "metadata", tables[_number(name)])
+        return
+    names = _tree(url, options)
+    of_kind = [n for n in names if n.endswith((".parquet", ".pq"))] or [n for n in names if n.endswith(".npy")]
+    if not of_kind:
+        raise InputError(f"{url} holds no Parquet and no npy files, and no img_emb of clip-retrieval")
+    for name in of_kind:
+        yield join_url(url, name), "" if name.endswith(".npy") else join_url(url, name)
+
+
+def _tree(folder: str, options: StorageOptions | None) -> list[str]:
+    if not is_local(folder):
+        return list(list_tree(folder, options))
+    root = Path(local_path(folder))
+    names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    return [n for n in names if "/." not in f"/{n}"]
+
+
+def _number(name: str) -> str:
+    found = re.search(r"(\d+)\D*$", name)
+    return found[1] if found else ""
+
+
+def _plan_file(
+    url: str, table: str, uid: int, columns: Sequence[str], options: StorageOptions | None
+) -> tuple[list[VectorPart], pa.DataType]:
+    """Return the parts of a file, and the type of its ids."""
+    if not table:
+        if len(columns) > 2:
+            raise InputError(f"{url}: an npy file alone has no column {columns[2]!r}, which keep_by names")
+        with _npy(url, options) as npy:
+            return _ranges("", url, uid, [npy.n_rows], npy.row_bytes), pa.int64()
+    vectors = "" if url == table else url
+    with _parquet(table, options) as file:
+        fields = {f.name: f.type for f in file.schema_arrow}
+        for name in columns if not vectors else (columns[0], *columns[2:]):
+            if name not in fields:
+                raise InputError(f"{table} has no column {name!r}{nearest(name, fields)}")
+        meta = file.metadata
+        groups = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+        if vectors:
+            with _npy(vectors, options) as npy:
+                if npy.n_rows != meta.num_rows:
+                    raise InputError(
+                        f"{vectors} has {npy.n_rows:,} rows and {table} {meta.num_rows:,}: they must be equal"
+                    )
+                row_bytes = npy.row_bytes
+        else:
+            list_lengths(pa.array([], fields[columns[1]]), f"{table}: {columns[1]}")
+            row_bytes = _row_bytes(meta, columns[1])
+    return _ranges(table, vectors, uid, groups, row_bytes), fields[columns[0]]
+
+
+def _row_bytes(meta: pq.FileMetaData, column: str) -> int:
+    """Return the bytes of an embedding in float32, on average."""
+    values, n_rows = 0, int(meta.num_rows)
+    for group in (meta.row_group(i) for i in range(meta.num_row_groups)):
+        chunks = (group.column(i) for i in range(group.num_columns))
+        values += sum(int(c.num_values) for c in chunks if c.path_in_schema.split(".")[0] == column)
+    return max(1, values * 4 // max(1, n_rows))
+
+
+def _ranges(table: str, vectors: str, uid: int, groups: Sequence[int], row_bytes: int) -> list[VectorPart]:
+    """Return parts of whole groups of rows, but for groups that are larger than a part."""
+    most = min(_PART_ROWS, max(1, _PART_BYTES // row_bytes))
+    sizes: list[int] = []
+    for rows in groups:
+        if sizes and sizes[-1] + rows <= most:
+            sizes[-1] += rows
+            continue
+        sizes += [min(most, rows - start) for start in range(0, rows, most)]
+    firsts = np.cumsum([0, *sizes]).tolist()
+    return [VectorPart(table, vectors, uid + f, f, n) for f, n in zip(firsts, sizes, strict=False)]
+
+
+def _read_rows(part: VectorPart, columns: Sequence[str], options: StorageOptions | None) -> pa.Table:
+    batches = list(_batches(part, columns, options))
+    if sum(map(len, batches)) != part.n_rows:
+        raise InputError(f"{part.table} changed while it was read: row {part.first + part.n_rows - 1} is not there")
+    return pa.Table.from_batches(batches) if batches else pa.table({c: [] for c in columns})
+
+
+def _batches(part: VectorPart, columns: Sequence[str], options: StorageOptions | None) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a part; of larger row groups those before it are decoded and dropped."""
+    stop = part.first + part.n_rows
+    with _parquet(part.table, options) as file:
+        meta = file.metadata
+        bounds = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
+        groups = [i for i in range(meta.num_row_groups) if bounds[i] < stop and bounds[i + 1] > part.first]
+        if not groups:
+            return
+        at = int(bounds[groups[0]])
+        for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=list(columns), use_threads=False):
+            start, end = max(part.first - at, 0), min(stop - at, len(batch))
+            at += len(batch)
+            if start < end:
+                yield batch.slice(start, end - start).select(list(columns))
+            if at >= stop:
+                return
+
+
+@contextmanager
+def _parquet(url: str, options: StorageOptions | None) -> Iterator[pq.ParquetFile]:
+    source = open_source(url, options)
+    try:
+        with SourceFile(source) as raw:
+            yield pq.ParquetFile(raw, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    except (pa.ArrowException, OSError) as exc:
+        raise InputError(f"cannot read {url} as Parquet: {exc}") from exc
+    finally:
+        source.close()
+
+
+@contextmanager
+def _npy(url: str, options: StorageOptions | None) -> Iterator[NpyFile]:
+    source = open_source(url, options)
+    try:
+        yield NpyFile(source)
+    finally:
+        source.close()
