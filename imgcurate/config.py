@@ -23,7 +23,7 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -85,6 +85,8 @@ class RunConfig(BaseModel):
         Stage names, each alone or as a mapping to its parameters.
     files_per_partition : int
         Shards per partition.
+    sidecar_columns : "auto" or list of str
+        Columns to join from the Parquet files beside tars; ``[]`` joins none.
     storage_options : mapping
         Passed to fsspec for the inputs.
     device : {"auto", "cpu", "gpu"}
@@ -100,6 +102,7 @@ class RunConfig(BaseModel):
     inputs: str | list[str]
     stages: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
     files_per_partition: int = Field(default=1, ge=1)
+    sidecar_columns: Literal["auto"] | list[str] = "auto"
     storage_options: dict[str, Any] = Field(default_factory=dict)
     device: str = "auto"
     workers: int | None = Field(default=None, ge=1)
@@ -118,7 +121,9 @@ class RunConfig(BaseModel):
         ConfigError
             If a stage or a parameter is unknown or wrong.
         """
-        source = FilePartitioningStage(self.inputs, self.files_per_partition, self.storage_options or None)
+        source = FilePartitioningStage(
+            self.inputs, self.files_per_partition, self.storage_options or None, self.sidecar_columns
+        )
         stages = [_make_stage(i, entry) for i, entry in enumerate(self.stages)]
         if not stages or not isinstance(stages[0], ImageReaderStage):
             stages.insert(0, ImageReaderStage())

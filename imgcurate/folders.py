@@ -1,4 +1,7 @@
-"""Folders of files -> samples, by the rules of tar shards: files that share a path up to the first dot are one.
+"""Folders of files -> samples: files that share a path up to the last dot are one, but each image is one of its own.
+
+In a tar the first dot ends a key, and photos are often called ``2023.06.01 beach.jpg``: so in keys, and in the
+names of exported members, dots of the base name are ``_``.
 
 A sample's files are named in the column ``files``, relative to the folder in ``shard``, the image first;
 its ``spans`` are ``0, size`` for each. A ``%`` in a name is written ``%25``, and bytes that are not UTF-8
@@ -7,20 +10,23 @@ its ``spans`` are ``0, size`` for each. A ``%`` in a name is written ``%25``, an
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
+from imgcurate.extensions import IMAGE_EXTENSIONS
 from imgcurate.storage import StorageError, StorageOptions, join_url, local_path, open_source
-from imgcurate.tar import Members, Problem, shown_name
+from imgcurate.tar import Members, Problem, quoted_name
 from imgcurate.tar_blocks import PLAIN_HEADER, padding, tar_header
 
-__all__ = ["copy_files", "file_name", "file_url", "files_members", "list_folder", "quoted"]
+__all__ = ["FileMembers", "copy_files", "file_name", "file_url", "files_members", "list_folder", "quoted", "stem"]
 
 _COPY_BYTES: Final = 8 * 1024 * 1024
 
@@ -53,9 +59,42 @@ def list_folder(folder: str) -> Iterator[str]:
         yield from names if prefix == "." else (f"{prefix}/{name}" for name in names)
 
 
-def files_members(
-    folder: str, files: Sequence[str], sizes: Sequence[int], problems: list[Problem]
-) -> tuple[Members, dict[int, str]]:
+@dataclass(frozen=True, slots=True)
+class FileMembers:
+    """Files as the members of an archive.
+
+    Attributes
+    ----------
+    members : Members
+        Under the names that they have in a tar; each begins at 0, in a file of its own.
+    files : list of str
+        Their own names, quoted.
+    rows : ndarray of shape (n,), int64
+        Of each the number of its sample, ascending.
+    unreadable : dict of int to str
+        Why a file cannot be read, by its position.
+    """
+
+    members: Members
+    files: list[str]
+    rows: np.ndarray
+    unreadable: dict[int, str]
+
+
+def stem(name: str) -> str:
+    """Return a file's path up to the last dot of its base name; all of it for hidden files and without a dot."""
+    base = name[name.rfind("/") + 1 :]
+    dot = base.rfind(".")
+    return name if dot <= 0 or base.startswith(".") else name[: len(name) - len(base) + dot]
+
+
+def member_name(name: str) -> str:
+    """Return a file's name in a tar, where the first dot ends the key: other dots of the base name are ``_``."""
+    folder, slash, base = stem(name).rpartition("/")
+    return name if stem(name) == name else folder + slash + base.replace(".", "_") + name[len(stem(name)) :]
+
+
+def files_members(folder: str, files: Sequence[str], sizes: Sequence[int], problems: list[Problem]) -> FileMembers:
     """Return files as the members of an archive, with what is wrong with some of them.
 
     Parameters
@@ -63,35 +102,48 @@ def files_members(
     folder : str
         URL of their folder.
     files : sequence of str
-        Their names, quoted, sorted.
+        Their names, quoted, those of one stem together.
     sizes : sequence of int
         Bytes of each; empty for a local folder, where they are looked up.
     problems : list of Problem
         Gets what is no regular file.
-
-    Returns
-    -------
-    members : Members
-        Each begins at 0, in a file of its own.
-    unreadable : dict of int to str
-        Reasons by position among the members.
     """
     names: list[bytes] = []
+    kept: list[str] = []
     nbytes: list[int] = []
+    rows: list[int] = []
     unreadable: dict[int, str] = {}
-    for i, text in enumerate(files):
+    for row, i in _in_samples(files):
+        text = files[i]
         name = file_name(text)
         size, reason = (sizes[i], "") if len(sizes) else _look_up(file_url(folder, text))
         if size < 0 and not reason:
-            shown = shown_name(name.encode("utf-8", "surrogateescape"))
-            problems.append(Problem(0, "special file", f"{shown!r} is no regular file"))
+            shown = quoted_name(name.encode("utf-8", "surrogateescape"))
+            problems.append(Problem(0, "special file", f"{shown} is no regular file"))
             continue
         if reason:
             unreadable[len(names)] = reason
-        names.append(name.encode("utf-8", "surrogateescape") + b"\0")
+        names.append(member_name(name).encode("utf-8", "surrogateescape") + b"\0")
+        kept.append(text)
         nbytes.append(max(size, 0))
-    zeros = np.zeros(len(names), np.int64)
-    return Members(b"".join(names), zeros, zeros, np.array(nbytes, np.int64), np.array(nbytes, np.int64)), unreadable
+        rows.append(row)
+    zeros, size_of = np.zeros(len(names), np.int64), np.array(nbytes, np.int64)
+    return FileMembers(
+        Members(b"".join(names), zeros, zeros, size_of, size_of), kept, np.array(rows, np.int64), unreadable
+    )
+
+
+def _in_samples(files: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Return (sample, position) of files, by their stems; each image is a sample, and other files go with the first."""
+    row = -1
+    for _, group in itertools.groupby(range(len(files)), key=lambda i: stem(files[i])):
+        positions = list(group)
+        images = [i for i in positions if files[i].rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+        row += 1
+        yield from ((row, i) for i in [*images[:1], *(i for i in positions if i not in images)])
+        for i in images[1:]:
+            row += 1
+            yield row, i
 
 
 def _look_up(url: str) -> tuple[int, str]:
@@ -120,7 +172,7 @@ def copy_files(
     spans : sequence of int
         ``0, size`` of each.
     key : str, optional
-        The key to write them under, if not their own.
+        The key to write them under, if not that of their names.
     out : binary file
         Gets the bytes.
     options : mapping, optional
@@ -138,7 +190,7 @@ def copy_files(
     """
     written = 0
     for text, size in zip(files, spans[1::2], strict=True):
-        name, url = file_name(text), file_url(folder, text)
+        name, url = member_name(file_name(text)), file_url(folder, text)
         if key is not None:
             name = key + name[name.index(".", name.rfind("/") + 1) :]
         source = open_source(url, options)

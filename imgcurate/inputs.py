@@ -2,8 +2,9 @@
 
 - A *tar*, also compressed by gzip, zstd, bzip2 or xz, is a shard. So is a *table*: a Parquet or Arrow file
   with a column of images.
-- A *folder* stands for the tars in it; if it holds none there or below, for the tables; else for its images:
-  files whose path up to the first dot is the same are one sample, 256 samples a shard.
+- A *folder* stands for the tars in it; if it holds none there or below, for the tables; if it holds images, for
+  these (one that holds both images and tables of images is refused: which is meant?). Files of one path up to the
+  last dot are one sample, but each image is one of its own; 256 samples are a shard.
 - Images that are named one by one, as ``photos/*.jpg`` does, are such shards too, by folder.
 
 The number of a shard, which is part of each ``uid``, is its place in the sorted list of all of them.
@@ -21,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from imgcurate.archives import open_archive
 from imgcurate.errors import InputError
 from imgcurate.extensions import IMAGE_EXTENSIONS, TABLE_ENDINGS, TAR_ENDINGS
-from imgcurate.folders import file_url, list_folder, quoted
+from imgcurate.folders import file_url, list_folder, quoted, stem
 from imgcurate.samples import split_key
 from imgcurate.shards import Shard
 from imgcurate.sidecars import NO_SIDECARS, Sidecars
@@ -38,13 +40,14 @@ from imgcurate.storage import (
     modified,
     open_source,
 )
-from imgcurate.streams import is_compressed
-from imgcurate.tables import check_table, is_table
+from imgcurate.streams import DamagedStreamError, is_compressed
+from imgcurate.tables import TableSource, check_table, is_table
 from imgcurate.tar_blocks import BLOCK, checksum_is_right
 
 __all__ = ["describe_shards", "find_shards"]
 
 _SAMPLES_PER_SHARD: Final = 256
+_TABLES_LOOKED_AT: Final = 16
 _EXPECTED: Final = (
     "a tar (.tar, .tar.gz, .tar.zst ...), a Parquet or Arrow file with a column of images, a folder of any of these "
     "or of images"
@@ -166,14 +169,20 @@ def _look_into(folder: str, storage_options: StorageOptions | None) -> tuple[lis
     visible = [n for n in sizes if not any(part.startswith(".") for part in n.split("/"))]
     images = sum(split_key(n)[1].rpartition(".")[2] in IMAGE_EXTENSIONS for n in visible)
     join: Callable[[str], str] = lambda name: f"{folder.rstrip('/')}/{name}"  # noqa: E731
-    tars = [join(n) for n in visible if n.lower().endswith(TAR_ENDINGS)]
+    regular = [n for n in visible if not is_local(folder) or os.path.isfile(local_path(join(n)))]  # noqa: PTH113
+    tars = [join(n) for n in regular if n.lower().endswith(TAR_ENDINGS)]
     if tars:
         if images:
             logger.warning("%s holds tars: %d images beside them are not read", folder, images)
         return tars, {}
-    tables = sorted(join(n) for n in visible if n.lower().endswith(TABLE_ENDINGS))
-    if tables and (not images or _has_images(tables[0], storage_options)):
+    tables = sorted(join(n) for n in regular if n.lower().endswith(TABLE_ENDINGS))
+    if tables and not images:
         return tables, {}
+    if with_images := [t for t in tables[:_TABLES_LOOKED_AT] if _has_images(t, storage_options)]:
+        raise InputError(
+            f"the folder {folder} holds {images:,} images and {len(tables):,} tables, of which {with_images[0]} holds "
+            "images too: name the files of one kind by a pattern, or a folder that holds just these"
+        )
     if not images:
         bare = sum(not split_key(n)[1] for n in visible)
         why = f" ({bare:,} files without an extension are not looked at)" if bare else ""
@@ -184,9 +193,8 @@ def _look_into(folder: str, storage_options: StorageOptions | None) -> tuple[lis
 
 
 def _shards_of_files(folder: str, listing: dict[str, int]) -> Iterable[Shard]:
-    names = sorted(listing)
-    keys = itertools.groupby(names, key=lambda n: split_key(n)[0])
-    samples = [list(group) for _, group in keys]
+    names = sorted(listing, key=lambda n: (stem(n), n))
+    samples = [list(group) for _, group in itertools.groupby(names, key=stem)]
     for first in range(0, len(samples), _SAMPLES_PER_SHARD):
         files = tuple(itertools.chain.from_iterable(samples[first : first + _SAMPLES_PER_SHARD]))
         sizes = tuple(listing[f] for f in files)
@@ -195,10 +203,11 @@ def _shards_of_files(folder: str, listing: dict[str, int]) -> Iterable[Shard]:
 
 def _has_images(url: str, storage_options: StorageOptions | None) -> bool:
     try:
-        check_table(url, storage_options)
-    except InputError:
+        source = open_archive(url, storage_options)
+    except (InputError, DamagedStreamError):
         return False
-    return True
+    source.close()
+    return isinstance(source, TableSource)
 
 
 def _is_sidecar(url: str, archives: set[str]) -> bool:

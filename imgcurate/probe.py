@@ -208,10 +208,11 @@ def _probe_png(data: bytes) -> Probe:
     found = Probe("PNG", width, height)
     if color not in (_GRAY, _RGB, _PALETTE) or b"eXIf" in data or depth not in (1, 2, 4, 8, 16):
         return found
-    for kind, _, _ in png_chunks(data):
-        if kind == b"tRNS":
+    for kind, start, length in png_chunks(data):
+        # DALI takes the memory that a chunk claims, before it finds that the file is shorter.
+        if kind == b"tRNS" or start + length > len(data):
             return found
-        if kind == b"IDAT":
+        if kind == b"IEND":
             break
     whole = data.find(b"IEND", max(0, len(data) - _EOI_WINDOW_BYTES)) >= 0
     return replace(found, route="dali") if whole else found

@@ -26,9 +26,9 @@ from imgcurate import schema
 from imgcurate.archives import open_archive
 from imgcurate.errors import InputError, printable
 from imgcurate.extensions import IMAGE_EXTENSIONS, REFUSED_EXTENSIONS
-from imgcurate.folders import files_members, quoted
+from imgcurate.folders import file_url, files_members
 from imgcurate.samples import Samples, group_members, mark_damage
-from imgcurate.storage import Source, file_size, is_local, join_url, read_bytes, read_ranges
+from imgcurate.storage import Source, file_size, is_local, read_bytes, read_ranges
 from imgcurate.streams import DamagedStreamError, ForwardSource
 from imgcurate.tables import TableSource
 from imgcurate.tar import Damage, Members, Problem, TarScan, quoted_name, scan_tar, shown_name
@@ -99,6 +99,8 @@ class _Contents:
         Returns the bytes of the members at some positions.
     nbytes : int
         Size of the shard.
+    files : sequence of str
+        Of a shard of files the name of each member's, quoted.
     """
 
     scan: TarScan
@@ -106,6 +108,7 @@ class _Contents:
     unreadable: Mapping[int, str]
     read: Callable[[np.ndarray], Iterator[bytes]]
     nbytes: int
+    files: Sequence[str] = ()
 
 
 def index_shard(
@@ -145,7 +148,7 @@ def index_shard(
         members, problems = contents.scan.members, contents.scan.problems
         samples = group_members(members, problems, contents.rows)
         mark_damage(samples, contents.scan.damage, problems)
-        columns = _columns(samples, members, shard, shard_number)
+        columns = _columns(samples, members, shard, shard_number, contents.files)
         columns |= _texts(contents, samples, texts)
         _mark_unreadable(columns, samples, contents.unreadable)
         nbytes = contents.nbytes
@@ -159,15 +162,15 @@ def _open(shard: Shard, storage_options: Mapping[str, Any] | None) -> Iterator[_
     """Yield what is in a shard, which stays open meanwhile."""
     if shard.files:
         problems: list[Problem] = []
-        members, unreadable = files_members(shard.url, shard.files, shard.sizes, problems)
-        names = members.names
+        found = files_members(shard.url, shard.files, shard.sizes, problems)
 
         def read(wanted: np.ndarray) -> Iterator[bytes]:
             for i in wanted.tolist():
-                url = join_url(shard.url, names[i].decode("utf-8", "surrogateescape"))
-                yield b"" if i in unreadable else read_bytes(url, storage_options)
+                url = file_url(shard.url, found.files[i])
+                yield b"" if i in found.unreadable else read_bytes(url, storage_options)
 
-        yield _Contents(TarScan(members, problems), None, unreadable, read, int(members.size.sum()))
+        nbytes = int(found.members.size.sum())
+        yield _Contents(TarScan(found.members, problems), found.rows, found.unreadable, read, nbytes, found.files)
         return
     try:
         source = open_archive(shard.url, storage_options, gap_bytes=_REMOTE_GAP_BYTES)
@@ -209,7 +212,9 @@ def _mark_unreadable(columns: dict[str, pa.Array], samples: Samples, unreadable:
     columns |= {schema.STATUS: pa.array(status, pa.string()), schema.REASON: pa.array(reason, pa.string())}
 
 
-def _columns(samples: Samples, members: Members, shard: Shard, shard_number: int) -> dict[str, pa.Array]:
+def _columns(
+    samples: Samples, members: Members, shard: Shard, shard_number: int, files: Sequence[str]
+) -> dict[str, pa.Array]:
     n = len(samples.keys)
     image = _images(samples)
     if shard.files:
@@ -235,7 +240,7 @@ def _columns(samples: Samples, members: Members, shard: Shard, shard_number: int
         schema.KEY: _shown_keys(samples.keys),
         schema.EXT: exts.take(ext),
         schema.MEMBERS: pa.ListArray.from_arrays(bounds.astype(np.int32), values),
-        schema.FILES: _files(samples, members, bounds) if shard.files else pa.nulls(n, pa.list_(pa.string())),
+        schema.FILES: _files(samples, files, bounds) if shard.files else pa.nulls(n, pa.list_(pa.string())),
         schema.SPANS: _file_spans(samples, members, bounds) if shard.files else _spans(samples, members),
         schema.OFFSET: pa.array(offset),
         schema.NBYTES: pa.array(nbytes),
@@ -270,10 +275,9 @@ def _image_first(samples: Samples, image: np.ndarray) -> np.ndarray:
     return np.where(image >= 0, place[image], -1)
 
 
-def _files(samples: Samples, members: Members, bounds: np.ndarray) -> pa.Array:
-    names = members.names
-    files = [quoted(names[i].decode("utf-8", "surrogateescape")) for i in samples.member.tolist()]
-    return pa.ListArray.from_arrays(bounds.astype(np.int32), pa.array(files, pa.string()))
+def _files(samples: Samples, files: Sequence[str], bounds: np.ndarray) -> pa.Array:
+    names = [files[i] for i in samples.member.tolist()]
+    return pa.ListArray.from_arrays(bounds.astype(np.int32), pa.array(names, pa.string()))
 
 
 def _file_spans(samples: Samples, members: Members, bounds: np.ndarray) -> pa.Array:

@@ -8,6 +8,7 @@ nulls. The sidecars that imgcurate itself writes are joined only by name, not by
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -31,6 +32,7 @@ SidecarColumns = Literal["auto"] | Sequence[str]
 _KEY: Final = "key"
 _OURS: Final = frozenset({schema.UID, "source_key"})
 _LOOKED_AT: Final = 16
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,12 @@ class Sidecars:
     ----------
     columns : tuple of (str, str, pa.DataType)
         Name in the sidecar, name in the frame, type in the frame.
+    strict : bool
+        Whether a sidecar that cannot be joined is an error; else it is a warning, and its columns are null.
     """
 
     columns: tuple[tuple[str, str, pa.DataType], ...] = ()
+    strict: bool = True
 
     @property
     def types(self) -> dict[str, pa.DataType]:
@@ -61,23 +66,30 @@ class Sidecars:
         Raises
         ------
         InputError
-            If the sidecar is damaged, or a column holds another type than that of the other shards.
+            If it is `strict` and the sidecar is damaged, or a column holds another type than that of other shards.
         """
         if not self.columns:
             return table
-        url = _sidecar_url(shard)
-        found = _read(url, storage_options) if url is not None and exists(url, storage_options) else None
-        if found is None or _KEY not in found.column_names:
-            for _, name, type_ in self.columns:
-                table = table.append_column(name, pa.nulls(len(table), type_))
-            return table
-        rows = pc.index_in(table[schema.KEY], found[_KEY].cast(pa.string()).combine_chunks())
-        for source, name, type_ in self.columns:
-            column = pa.nulls(len(table), type_)
-            if source in found.column_names:
-                column = _cast(found[source], type_, f"{url}: column {source!r}").take(rows)
+        columns = {name: pa.nulls(len(table), type_) for _, name, type_ in self.columns}
+        try:
+            url = _sidecar_url(shard)
+            if url is not None and exists(url, storage_options):
+                found = _read(url, storage_options)
+                if _KEY in found.column_names:
+                    columns |= self._joined(table, found, url)
+        except InputError as exc:
+            if self.strict:
+                raise
+            logger.warning("%s: its columns are null", exc)
+        for name, column in columns.items():
             table = table.append_column(name, column)
         return table
+
+    def _joined(self, table: pa.Table, found: pa.Table, url: str) -> dict[str, Any]:
+        keys = _cast(found[_KEY], pa.string(), f"{url}: column {_KEY!r}").combine_chunks()
+        rows = pc.index_in(table[schema.KEY], keys)
+        there = [c for c in self.columns if c[0] in found.column_names]
+        return {name: _cast(found[c], type_, f"{url}: column {c!r}").take(rows) for c, name, type_ in there}
 
 
 NO_SIDECARS: Final = Sidecars()
@@ -125,10 +137,12 @@ def find_sidecars(
     used = {*schema.COLUMNS, *taken, "source_key"}
     out = []
     for name in names:
-        shown = f"source_{name}" if name in used else name
+        shown = name
+        while shown in used:
+            shown = f"source_{shown}"
         used.add(shown)
         out.append((name, shown, _frame_type(merged.field(name).type)))
-    return Sidecars(tuple(out))
+    return Sidecars(tuple(out), columns != "auto")
 
 
 def _schemas(shards: Sequence[Shard], storage_options: StorageOptions | None, auto: bool) -> Iterable[pa.Schema]:
@@ -137,7 +151,14 @@ def _schemas(shards: Sequence[Shard], storage_options: StorageOptions | None, au
         url = _sidecar_url(shard)
         if url is None or not exists(url, storage_options):
             continue
-        found = _read(url, storage_options, schema_only=True)
+        try:
+            found = _read(url, storage_options, schema_only=True)
+        except InputError as exc:
+            if not auto:
+                raise
+            # Also a server that answers whatever name it is asked for.
+            logger.warning("%s: its columns are not joined", exc)
+            continue
         if _KEY in found.names and not (auto and set(found.names) >= _OURS):
             yield found.remove_metadata()
 
@@ -156,7 +177,7 @@ def _read(url: str, storage_options: StorageOptions | None, *, schema_only: bool
         finally:
             source.close()
     except (pa.ArrowException, OSError, StorageError) as exc:
-        raise InputError(f"cannot read {url}, the sidecar of a shard: {exc}") from exc
+        raise InputError(f"cannot read {url}, the sidecar of a shard (sidecar_columns=() joins none): {exc}") from exc
 
 
 def _frame_type(type_: pa.DataType) -> pa.DataType:
@@ -168,10 +189,17 @@ def _frame_type(type_: pa.DataType) -> pa.DataType:
 
 def _cast(column: pa.ChunkedArray, type_: pa.DataType, where: str) -> pa.ChunkedArray:
     try:
-        if pa.types.is_string(type_) and (pa.types.is_nested(column.type) or pa.types.is_binary(column.type)):
-            return pa.chunked_array([pa.array([_text(v) for v in column.to_pylist()], pa.string())])
+        if pa.types.is_string(type_):
+            if pa.types.is_nested(column.type):
+                return pa.chunked_array([pa.array([_text(v) for v in column.to_pylist()], pa.string())])
+            # Parquet does not check that text is UTF-8.
+            raw = column.cast(pa.string()).cast(pa.binary()) if not pa.types.is_binary(column.type) else column
+            try:
+                return raw.cast(pa.string())
+            except pa.ArrowInvalid:
+                return pa.chunked_array([pa.array([_text(v) for v in raw.to_pylist()], pa.string())])
         return column.cast(type_)
-    except pa.ArrowException as exc:
+    except (pa.ArrowException, ValueError, OverflowError, TypeError) as exc:
         raise InputError(f"{where} is {column.type}, and {type_} in other shards: {exc}") from exc
 
 

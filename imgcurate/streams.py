@@ -29,11 +29,17 @@ _READ_BYTES: Final = 4 * 1024 * 1024
 # Tars of images hardly shrink, and tars of text some tenfold; only then does a limit matter.
 _MAX_EXPANSION: Final = 100
 _MAX_EXPANSION_FROM_BYTES: Final = 256 * 1024 * 1024
+# What gzip and zstd say of bytes behind a stream that are not the beginning of another one.
+_TRAILING: Final = ("Not a gzipped file", "Unknown frame descriptor")
 _ERRORS: Final = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 class DamagedStreamError(Exception):
     """Bytes that cannot be made any further; the message says why."""
+
+
+class TrailingBytesError(DamagedStreamError):
+    """What follows a stream that is whole, and is not another one."""
 
 
 class ForwardSource:
@@ -54,7 +60,9 @@ class ForwardSource:
     size : int
         Number of bytes; :data:`UNKNOWN_SIZE` until the end was seen.
     damage : str
-        Why the bytes end before their end, in words; else empty.
+        Why the bytes end before their end, or cannot be trusted, in words; else empty.
+    is_whole : bool
+        Whether what is damaged comes behind a stream that is whole.
 
     Notes
     -----
@@ -62,7 +70,7 @@ class ForwardSource:
     """
 
     def __init__(self, url: str, blocks: Callable[[], Iterator[bytes]], close: Callable[[], None]) -> None:
-        self.url, self.size, self.damage = url, UNKNOWN_SIZE, ""
+        self.url, self.size, self.damage, self.is_whole = url, UNKNOWN_SIZE, "", False
         self._make, self._close = blocks, close
         self._blocks: Iterator[bytes] | None = None
         self._window: deque[bytes] = deque()
@@ -109,7 +117,7 @@ class ForwardSource:
             try:
                 block = next(self._blocks, b"")
             except DamagedStreamError as exc:
-                self.damage, block = str(exc), b""
+                self.damage, self.is_whole, block = str(exc), isinstance(exc, TrailingBytesError), b""
             if not block:
                 self.size = self._end
                 return
@@ -150,11 +158,19 @@ class SourceFile(io.RawIOBase):
         return True
 
 
+def _buffered(source: Source) -> io.BufferedReader:
+    return io.BufferedReader(SourceFile(source), _READ_BYTES)
+
+
 class _ZstdFile:
     """A zstd file by Arrow, with the two methods of Python's own compressed files that are used here."""
 
-    def __init__(self, file: io.BufferedReader) -> None:
-        self._stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+    def __init__(self, source: Source) -> None:
+        self._source, self._total, self._most = source, 0, _ZSTD_READ_BYTES
+        self._open()
+
+    def _open(self) -> None:
+        self._stream = pa.CompressedInputStream(pa.PythonFile(_buffered(self._source), mode="r"), "zstd")
 
     def __enter__(self) -> _ZstdFile:
         return self
@@ -163,16 +179,27 @@ class _ZstdFile:
         self._stream.close()
 
     def read1(self, size: int) -> bytes:
-        # Arrow keeps nothing of a read in which it meets damage.
-        data: bytes = self._stream.read(min(size, _ZSTD_READ_BYTES))
+        try:
+            data: bytes = self._stream.read(min(size, self._most))
+        except OSError:
+            if self._most == 1:
+                raise
+            # Arrow keeps nothing of a read in which it meets damage: what is before it is read in small bites.
+            self._most = 512 if self._most > 512 else 1
+            self._open()
+            for start in range(0, self._total, _ZSTD_READ_BYTES):
+                self._stream.read(min(_ZSTD_READ_BYTES, self._total - start))
+            return self.read1(size)
+        self._total += len(data)
         return data
 
 
 _FORMATS: Final[dict[bytes, tuple[str, Callable[[Any], Any]]]] = {
-    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    b"\x1f\x8b": ("gzip", lambda source: gzip.GzipFile(fileobj=_buffered(source))),
     b"\x28\xb5\x2f\xfd": ("zstd", _ZstdFile),
-    b"BZh": ("bzip2", bz2.BZ2File),
-    b"\xfd7zXZ\x00": ("xz", lzma.LZMAFile),
+    **{bytes([i]) + b"\x2a\x4d\x18": ("zstd", _ZstdFile) for i in range(0x50, 0x60)},
+    b"BZh": ("bzip2", lambda source: bz2.BZ2File(_buffered(source))),
+    b"\xfd7zXZ\x00": ("xz", lambda source: lzma.LZMAFile(_buffered(source))),
 }
 
 
@@ -200,10 +227,9 @@ def decompressed(source: Source) -> ForwardSource:
     limit = max(_MAX_EXPANSION_FROM_BYTES, _MAX_EXPANSION * source.size)
 
     def blocks() -> Iterator[bytes]:
-        file = io.BufferedReader(SourceFile(source), _READ_BYTES)
         total = 0
         try:
-            with open_(file) as stream:
+            with open_(source) as stream:
                 while block := stream.read1(_BLOCK_BYTES):
                     total += len(block)
                     if total > limit:
@@ -212,6 +238,8 @@ def decompressed(source: Source) -> ForwardSource:
                         )
                     yield block
         except _ERRORS as exc:
+            if total and any(words in str(exc) for words in _TRAILING):
+                raise TrailingBytesError(f"bytes that are no {name} follow the {name} stream") from exc
             raise DamagedStreamError(f"the {name} stream is damaged after {total:,} bytes: {exc}") from exc
 
     return ForwardSource(source.url, blocks, source.close)

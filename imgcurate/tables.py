@@ -169,7 +169,7 @@ class TableSource:
             for batch in self._file.batches(group):
                 yield from self._layout.rows(batch, number)
                 number += len(batch)
-        except (pa.ArrowException, OSError) as exc:
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as exc:
             raise DamagedStreamError(f"damaged table: row group {group}, row {number:,}: {exc}") from exc
 
 
@@ -224,7 +224,7 @@ class _Layout:
         others = {word: _Bytes(batch[name]) for word, name in zip(self.words, self.binaries, strict=True)}
         captions = None if self.caption is None else _Bytes(batch[self.caption])
         plain = [n for n in batch.schema.names if n != self.image and not _is_bytes(batch.schema.field(n).type)]
-        records = batch.select(plain).to_pylist() if plain else [{}] * len(batch)
+        records = _records(batch.select(plain)) if plain else [{}] * len(batch)
         for i, record in enumerate(records):
             path, image = images.path(i), images.data(i)
             name = path if self.key is None else record[self.key]
@@ -254,7 +254,7 @@ class _Bytes:
         self._paths: list[str | None] = [None] * len(column)
         if pa.types.is_struct(column.type):
             if column.type.get_field_index("path") >= 0:
-                self._paths = pc.struct_field(column, "path").to_pylist()
+                self._paths = [_cell(value) for value in pc.struct_field(column, "path")]
             column = pc.struct_field(column, "bytes")
         self._column = column
 
@@ -264,6 +264,26 @@ class _Bytes:
 
     def path(self, i: int) -> str | None:
         return self._paths[i]
+
+
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the rows of a batch as dicts; a cell that Python cannot hold does not spoil the others."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except Exception:  # noqa: BLE001 - text that is not UTF-8, dates after the year 9999, unknown time zones
+        columns = [[_cell(value) for value in column] for column in batch.columns]
+        rows = [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return rows
+
+
+def _cell(scalar: Any) -> Any:
+    """Return a value: of text that is not UTF-8 with escapes, of times that Python cannot hold the number."""
+    try:
+        return scalar.as_py()
+    except Exception:  # noqa: BLE001 - as above
+        if hasattr(scalar, "as_buffer"):
+            return scalar.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
+        return getattr(scalar, "value", None)
 
 
 def _clean_key(name: object) -> str:
@@ -319,7 +339,10 @@ def _header_bytes(name: str, name_bytes: int, size: int) -> int:
 
 
 def _first(schema: pa.Schema, names: Sequence[str]) -> str | None:
-    return next((n for n in names if n in schema.names and not pa.types.is_nested(schema.field(n).type)), None)
+    plain = (n for n in names if n in schema.names)
+    return next(
+        (n for n in plain if not (pa.types.is_nested(schema.field(n).type) or _is_binary(schema.field(n).type))), None
+    )
 
 
 def _is_binary(type_: pa.DataType) -> bool:

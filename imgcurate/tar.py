@@ -234,13 +234,14 @@ class _Scanner:
 
     def _take_stream_damage(self) -> None:
         """Say what became of a compressed archive that could not be read to its end."""
-        damage = self._source.damage if isinstance(self._source, ForwardSource) else ""
-        if not damage:
+        if not isinstance(self._source, ForwardSource) or not (damage := self._source.damage):
             return
         if self._damage is not None:
             self._damage = self._damage._replace(reason=f"{self._damage.reason} ({damage})")
-        elif self._ended:
+        elif self._ended and self._source.is_whole:
             self._problem(self._source.size, "damaged after the end mark", damage)
+        elif self._ended:
+            self._damage = Damage(self._source.size, f"{damage}: any sample before may not be as it was", "")
         else:
             self._damage = Damage(self._source.size, damage, "")
 

@@ -406,16 +406,83 @@ def test_shards_without_a_sidecar_have_nulls(img2dataset: Path) -> None:
     assert frame.url.isna().tolist() == [False] * 5 + [True] * 5
 
 
-def test_a_sidecar_that_disagrees_or_is_damaged_is_an_error(img2dataset: Path) -> None:
+def test_a_sidecar_that_disagrees_or_is_damaged_is_an_error_if_it_was_asked_for(img2dataset: Path) -> None:
     shards = find_shards(str(img2dataset))
-    sidecars = find_sidecars(shards[:1], "auto")
+    sidecars = find_sidecars(shards[:1], ("url", "punsafe"))
+    by_itself = find_sidecars(shards[:1], "auto")
     pq.write_table(pa.table({"key": ["000010000"], "punsafe": ["high"]}), img2dataset / "00001.parquet")
     table = index_shard(shards[1], 1).table
     with pytest.raises(InputError, match="column 'punsafe' is string, and double in other shards"):
         sidecars.join(table, shards[1])
+    assert by_itself.join(table, shards[1])["punsafe"].null_count == len(table)
     (img2dataset / "00001.parquet").write_bytes(b"PAR1")
+    assert by_itself.join(table, shards[1])["url"].null_count == len(table)
     with pytest.raises(InputError, match=r"cannot read .*00001\.parquet, the sidecar of a shard"):
         sidecars.join(table, shards[1])
+
+
+def test_sidecars_of_strangers_are_joined_as_text(img2dataset: Path, tmp_path: Path) -> None:
+    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff\xfe", b"ok"], pa.binary()).buffers())
+    columns = [pa.array([b"000000000", b"000000001"]), bad, pa.array([1, 2]), pa.array(["a", "b"])]
+    names = ["key", "url", "source_status", "status"]
+    pq.write_table(pa.Table.from_arrays(columns, names), img2dataset / "00000.parquet")
+    (img2dataset / "00001.parquet").unlink()
+    frame = ic.read_webdataset(str(img2dataset)).compute(scheduler="sync").set_index("key")
+    assert frame.url.iloc[:2].tolist() == ["\\xff\\xfe", "ok"]
+    assert (frame.source_status.iloc[0], frame.source_source_status.iloc[0]) == (1, "a")
+
+
+# Names with dots
+
+
+def test_photos_with_dots_in_their_names_are_photos_of_their_own(photos, encode, client, tmp_path, read_tar) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = ["2023.06.01 beach.jpg", "2023.06.02 beach.jpg", "a.b.jpg", "a_b.jpg", "c.jpg", "c.jpeg", "c.png"]
+    data = {n: encode(photos[i], "PNG" if n.endswith("png") else "JPEG") for i, n in enumerate(names)}
+    data |= {"2023.06.01 beach.txt": b"first", "c.txt": b"c", "a.b.jpg.txt": b"another stem"}
+    for name, content in data.items():
+        (folder / name).write_bytes(content)
+    result = tiny_pipeline(str(folder), text_columns=("txt",)).run(str(tmp_path / "OUT"), client=client)
+    catalog = result.catalog.compute()
+    assert result.counts == {"no_image": 1, "ok": 7}
+    assert sorted(catalog.key) == sorted(
+        ["2023_06_01 beach", "2023_06_02 beach", "a_b", "a_b", "a_b_jpg", "c", "c", "c"]
+    )
+    assert catalog.set_index("key").txt["2023_06_01 beach"] == "first"
+    assert sorted(catalog.files.map(len)) == [1] * 6 + [2] * 2
+    members = output_members(result, read_tar)
+    assert members["2023_06_01 beach.jpg"] == data["2023.06.01 beach.jpg"]
+    assert members["2023_06_01 beach.txt"] == b"first"
+    assert sorted(members.values()) == sorted(v for k, v in data.items() if k != "a.b.jpg.txt")
+
+
+def test_a_folder_of_images_and_tables_is_not_guessed_at(photos, encode, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode(photos[0]))
+    (tmp_path / "meta.parquet").write_bytes(b"junk")
+    (tmp_path / "x.tar").symlink_to("nowhere")
+    assert [s.files for s in find_shards(str(tmp_path))] == [("a.jpg", "meta.parquet", "x.tar")]
+    pq.write_table(pa.table({"jpg": [encode(photos[1])]}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"holds 1 images and 2 tables, of which .*b\.parquet holds images too: name"):
+        find_shards(str(tmp_path))
+
+
+def test_cells_that_python_cannot_hold_spoil_nothing_else(photos, encode, tmp_path: Path) -> None:
+    def broken(value: bytes) -> pa.Array:
+        return pa.Array.from_buffers(pa.string(), 2, pa.array([value, b"ok"], pa.binary()).buffers())
+
+    far = pa.array([2**62, 0]).cast(pa.timestamp("us"))
+    columns = {
+        "key": broken(b"k\xff"), "jpg": pa.array([encode(p) for p in photos[:2]]), "n": pa.array([1, 2]),
+        "text": broken(b"c\xfe"), "far": far, "tz": pa.array([0, 1]).cast(pa.timestamp("s", "No/Where")),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    index = index_shard(str(tmp_path / "t.parquet"), 0, texts=("json",)).table
+    assert column(index, schema.KEY) == ["k\\xff", "ok"]
+    assert column(index, schema.STATUS) == ["ok", "ok"]
+    rows = [json.loads(j) for j in column(index, "json")]
+    assert [r["n"] for r in rows] == [1, 2]
+    assert (rows[0]["text"], rows[0]["far"]) == ("c\\xfe", 2**62)
 
 
 def test_inspect_shows_inputs_of_every_kind(folder: Path, img2dataset: Path, photos, encode, tmp_path: Path) -> None:

@@ -61,6 +61,13 @@ def test_probe_sends_a_jpeg_without_an_end_off_the_hot_path(encode) -> None:
     assert probe(data[:-2]).route == "pillow"
 
 
+def test_a_png_whose_chunk_claims_more_than_there_is_does_not_go_to_dali(encode) -> None:
+    data = bytearray(encode(Image.new("RGB", (64, 64)), "PNG"))
+    assert probe(bytes(data)).route == "dali"
+    data[33:37] = (0xBF000000).to_bytes(4, "big")
+    assert probe(bytes(data)).route == "pillow"
+
+
 def test_probe_never_raises_on_any_prefix(encode, photos) -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encode(photos[0], kind)

@@ -101,12 +101,32 @@ def test_a_stream_that_breaks_between_two_members_is_not_taken_for_the_end(tmp_p
     assert table[schema.REASON].to_pylist()[2].startswith("the gzip stream is damaged after")
 
 
-def test_rubbish_after_the_end_mark_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compress", [gzip.compress, zstd, zstd_stream], ids=["gzip", "zstd", "zstd stream"])
+def test_rubbish_after_the_end_mark_is_reported(compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = tmp_path / "a.tar.gz"
-    path.write_bytes(gzip.compress(tar_of(3)) + b"rubbish behind it")
+    path.write_bytes(compress(tar_of(3)) + b"rubbish behind it, of some length")
     index = index_shard(str(path), 0)
     assert index.table[schema.STATUS].to_pylist() == ["ok"] * 3
     assert [p.kind for p in index.problems] == ["damaged after the end mark"]
+
+
+def test_a_wrong_checksum_is_a_row(tmp_path: Path) -> None:
+    """Bytes that were altered are found by the checksum behind them alone, when all samples are known."""
+    data = bytearray(gzip.compress(tar_of(5), compresslevel=0))
+    data[len(data) // 2] ^= 1
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(data)
+    table = index_shard(str(path), 0).table
+    assert table[schema.STATUS].to_pylist() == ["ok"] * 5 + ["tar_error"]
+    reason = table[schema.REASON].to_pylist()[-1]
+    assert "CRC check failed" in reason
+    assert "any sample before may not be as it was" in reason
+
+
+def test_frames_to_skip_are_skipped(plain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar.zst"
+    path.write_bytes(b"\x5a\x2a\x4d\x18\x04\0\0\0abcd" + zstd(plain.read_bytes()))
+    assert len(index_shard(str(path), 0).table) == 120
 
 
 @given(
