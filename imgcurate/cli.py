@@ -161,6 +161,9 @@ def curate(
     images_per_tar: Annotated[int, typer.Option(min=1, help="Samples per output shard.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     files_per_partition: Annotated[int, typer.Option(min=1, help="Shards per partition.")] = 1,
+    sidecars: Annotated[
+        bool, typer.Option("--sidecars/--no-sidecars", help="Join the Parquet files beside tars, as of img2dataset.")
+    ] = True,
     storage_option: StorageOption = None,
     device: Device = "auto",
     workers: Workers = None,
@@ -211,7 +214,7 @@ def curate(
     limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "min_size": min_size}
     limits = {k: v for k, v in limits.items() if v is not None}
     pipeline = _pipeline(
-        inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], **limits
+        inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **limits
     )
     result = _run(pipeline, output, device, workers, scheduler, overwrite, quiet)
     typer.echo(result.accounting())
@@ -332,6 +335,7 @@ def _pipeline(
     files_per_partition: int = 1,
     batch_size: int = 32,
     storage_option: Sequence[str] = (),
+    sidecars: bool = True,
     **limits: Any,
 ) -> Any:
     from imgcurate.config import storage_options
@@ -340,7 +344,9 @@ def _pipeline(
 
     return Pipeline(
         [
-            FilePartitioningStage(inputs, files_per_partition, storage_options(storage_option)),
+            FilePartitioningStage(
+                inputs, files_per_partition, storage_options(storage_option), "auto" if sidecars else ()
+            ),
             ImageReaderStage(dali_batch_size=batch_size, **limits),
             *stages,
             ImageWriterStage(images_per_tar=images_per_tar),

@@ -199,7 +199,7 @@ _FORMATS: Final[dict[bytes, tuple[str, Callable[[Any], Any]]]] = {
     b"\x28\xb5\x2f\xfd": ("zstd", _ZstdFile),
     **{bytes([i]) + b"\x2a\x4d\x18": ("zstd", _ZstdFile) for i in range(0x50, 0x60)},
     b"BZh": ("bzip2", lambda source: bz2.BZ2File(_buffered(source))),
-    b"\xfd7zXZ\x00": ("xz", lambda source: lzma.LZMAFile(_buffered(source))),
+    b"\xfd7zXZ\x00": ("xz", lambda source: lzma.LZMAFile(_buffered(source))),  # noqa: SIM115 - closed by who reads
 }
 
 

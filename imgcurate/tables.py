@@ -126,10 +126,10 @@ class TableSource:
         names: list[bytes] = []
         spans: list[tuple[int, int, int, int]] = []
         rows: list[int] = []
-        number, position, damage = 0, 0, None
-        try:
-            for group in range(self._file.n_groups):
-                position = group << _SEGMENT_BITS
+        damages: list[Damage] = []
+        for group in range(self._file.n_groups):
+            position, number = group << _SEGMENT_BITS, self._file.first_row(group)
+            try:
                 for row in self._rows(group):
                     for name, data in row:
                         raw, size = name.encode("utf-8", "surrogateescape"), len(data)
@@ -140,8 +140,12 @@ class TableSource:
                         rows.append(number)
                         position = end
                     number += 1
-        except DamagedStreamError as exc:
-            damage = Damage(position, str(exc), "")
+            except DamagedStreamError as exc:
+                lost = self._file.first_row(group + 1) - number
+                damages.append(Damage(position, f"{exc} ({lost:,} rows are lost)" if lost > 0 else str(exc), ""))
+        damage = damages[0] if damages else None
+        if damage is not None and len(damages) > 1:
+            damage = damage._replace(reason=f"{damage.reason}, and {len(damages) - 1} more row groups")
         columns = np.array(spans, np.int64).reshape(-1, 4).T
         return TarScan(Members(b"".join(names), *columns), [], damage), np.array(rows, np.int64)
 
@@ -183,8 +187,8 @@ class _Layout:
         The encoded images.
     binaries : tuple of str
         Other columns of bytes.
-    key, caption : str or None
-        The columns of keys and captions.
+    key, name, caption : str or None
+        The columns of keys, of names where there are no keys and the image has no path, and of captions.
     words : tuple of str
         What the members of `binaries` are called, all different.
     stem : str
@@ -194,6 +198,7 @@ class _Layout:
     image: str
     binaries: tuple[str, ...]
     key: str | None
+    name: str | None
     caption: str | None
     stem: str
     words: tuple[str, ...]
@@ -213,10 +218,10 @@ class _Layout:
         binaries = tuple(f.name for f in schema if _is_bytes(f.type) and f.name not in (image, caption))
         words = [_word(n) for n in binaries]
         words = [w if w not in words[:i] else f"{w}_{i}" for i, w in enumerate(words)]
-        has_path = _is_image_struct(schema.field(image).type)
-        key = _first(schema, _KEY_COLUMNS) or (None if has_path else _first(schema, _NAME_COLUMNS))
+        key = _first(schema, _KEY_COLUMNS)
+        name = _first(schema, _NAME_COLUMNS)
         stem = url.rsplit("/", 1)[-1].rpartition(".")[0]
-        return _Layout(image, binaries, key, caption, stem, tuple(words))
+        return _Layout(image, binaries, key, name, caption, stem, tuple(words))
 
     def rows(self, batch: pa.RecordBatch, first_row: int) -> Iterator[_Row]:
         """Return the members, (name, bytes) each, of the rows of a batch."""
@@ -228,6 +233,8 @@ class _Layout:
         for i, record in enumerate(records):
             path, image = images.path(i), images.data(i)
             name = path if self.key is None else record[self.key]
+            if name is None and self.key is None and self.name is not None:
+                name = record[self.name]
             key = _clean_key(name) or f"{_clean_key(self.stem)}/{first_row + i:09d}"
             members: _Row = []
             if image is not None:

@@ -13,6 +13,7 @@ from imgcurate.stages import (
     ImageAestheticFilterStage,
     ImageEmbeddingStage,
     ImageReaderStage,
+    ImageWriterStage,
     PerceptualDedupStage,
     SemanticDedupStage,
 )
@@ -130,3 +131,24 @@ def test_mistakes_in_storage_options_are_named_without_their_values(pairs: list[
     with pytest.raises(ConfigError, match=message) as caught:
         storage_options(pairs)
     assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "parameter"),
+    [
+        (ImageReaderStage, "dali_batch_size"), (ImageReaderStage, "num_threads"), (ImageReaderStage, "min_size"),
+        (ImageReaderStage, "max_pixels"), (ImageReaderStage, "max_image_bytes"), (ImageWriterStage, "images_per_tar"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [2.5, True, "3", float("nan"), [1]])
+def test_counts_are_whole_numbers(stage: type, parameter: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{parameter}=.* should be a whole number"):
+        stage(**{parameter: value})
+    with pytest.raises(ConfigError, match=f"{parameter}=0 should be >= 1"):
+        stage(**{parameter: 0})
+
+
+@pytest.mark.parametrize("value", [0.5, True, "3", float("nan"), None])
+def test_the_limit_of_the_aspect_ratio_is_a_number(value: object) -> None:
+    with pytest.raises(ConfigError, match="max_aspect_ratio=.* should be a number >= 1"):
+        ImageReaderStage(max_aspect_ratio=value)

@@ -26,6 +26,7 @@ from test_pipeline import checksums, output_members, tiny_pipeline
 import imgcurate as ic
 from imgcurate import schema
 from imgcurate.archives import Archives
+from imgcurate.config import RunConfig
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.folders import file_name, list_folder, quoted
 from imgcurate.inputs import describe_shards, find_shards
@@ -280,11 +281,13 @@ JPEG = b"\xff\xd8\xff\xe0"
         ({"image": [JPEG], "a b": [b"1"], "a.b": [b"2"]}, ["jpg", "a_b.bin", "a_b_1.bin"], None),
         ({"image": pa.array([{"bytes": b"<html>", "path": "x.txt"}]), "text": ["c"]}, ["jpg", "txt", "json"],
          {"image": "x.txt", "text": "c"}),
+        ({"image": pa.array([{"bytes": JPEG, "path": None}]), "image_id": ["i.1"]}, ["jpg", "json"],
+         {"image_id": "i.1"}),
         ({"image": [JPEG], "f": [float("nan")], "g": [[float("inf"), 1.0]], "t": [dt.date(2024, 2, 29)],
           "d": [decimal.Decimal("1.50")], "s": [{"b": b"x", "n": None}]}, ["jpg", "json"],
          {"f": None, "g": ["inf", 1.0], "t": "2024-02-29", "d": "1.50", "s": {"b": "eA==", "n": None}}),
     ],
-    ids=["dictionary", "large and bytes", "dictionary of captions", "words alike", "misleading path", "odd values"],
+    ids=["dictionary", "large and bytes", "dictionary of captions", "words alike", "misleading", "no path", "odd"],
 )  # fmt: skip
 def test_columns_become_members(
     columns: dict[str, Any], members: list[str], json_: dict[str, Any] | None, tmp_path: Path
@@ -328,9 +331,10 @@ def test_a_damaged_table_is_a_row(photos, encode, client: Client, tmp_path: Path
     path.write_bytes(data)
     result = tiny_pipeline(str(tmp_path / "*.parquet")).run(str(tmp_path / "OUT"), client=client)
     catalog = result.catalog.compute()
-    assert catalog.groupby("shard").size().tolist() == [4, 26, 1]
+    assert catalog.groupby("shard").size().tolist() == [4, 46, 1]
     reasons = catalog.reason[catalog.status == "tar_error"].tolist()
     assert reasons[0].startswith("damaged table: row group 1, row 25: ")
+    assert reasons[0].endswith("(25 rows are lost)")
     assert reasons[1].startswith("not a readable Parquet or Arrow file: ")
 
 
@@ -399,6 +403,7 @@ def test_sidecars_on_frames(img2dataset: Path) -> None:
 
 
 def test_shards_without_a_sidecar_have_nulls(img2dataset: Path) -> None:
+    assert RunConfig(inputs="x", stages=["y"], sidecar_columns=[]).sidecar_columns == []
     both = [str(img2dataset / "*.tar"), str(img2dataset / "*.parquet")]
     assert find_shards(both) == find_shards(str(img2dataset))
     (img2dataset / "00001.parquet").unlink()

@@ -11,6 +11,7 @@ import datetime as dt
 import decimal
 import enum
 import hashlib
+import numbers
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ __all__ = [
     "Rule",
     "Stage",
     "Worker",
+    "check_count",
     "columns_added",
     "stage_config",
 ]
@@ -213,6 +215,20 @@ class DatasetStage(Stage):
     def process_dataset(self, ddf: dd.DataFrame) -> dd.DataFrame:
         """Process the data set."""
         raise NotImplementedError(f"{type(self).__name__} does not override process_dataset()")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Check a parameter that counts something.
+
+    Raises
+    ------
+    ConfigError
+        If it is no whole number, or less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ConfigError(f"{name}={value!r} should be a whole number")
+    if value < least:
+        raise ConfigError(f"{name}={value} should be >= {least}")
 
 
 def columns_added(stage: Stage) -> dict[str, pa.DataType]:

@@ -27,7 +27,7 @@ from imgcurate.inputs import find_shards
 from imgcurate.isolation import IsolatedDecoder
 from imgcurate.shards import Shard
 from imgcurate.sidecars import SidecarColumns, Sidecars, find_sidecars
-from imgcurate.stages.base import IMAGE, Stage
+from imgcurate.stages.base import IMAGE, Stage, check_count
 from imgcurate.storage import StorageError, is_local, read_ahead, read_bytes, read_ranges
 
 __all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
@@ -61,8 +61,7 @@ class FilePartitioningStage(Stage):
     sidecar_columns: SidecarColumns = "auto"
 
     def __post_init__(self) -> None:
-        if self.files_per_partition < 1:
-            raise ConfigError(f"files_per_partition={self.files_per_partition} should be >= 1")
+        check_count("files_per_partition", self.files_per_partition)
 
     def find(self, taken: Iterable[str] = ()) -> tuple[list[Shard], Sidecars]:
         """Find the shards and the columns of their sidecars; `taken` are names that these cannot have.
@@ -120,13 +119,14 @@ class ImageReaderStage(Stage):
     name: ClassVar[str] = "ImageReaderStage"
 
     def __post_init__(self) -> None:
-        if self.dali_batch_size < 1:
-            raise ConfigError(f"dali_batch_size={self.dali_batch_size} should be >= 1")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ConfigError(f"num_threads={self.num_threads} should be >= 1")
-        for name in ("max_pixels", "max_aspect_ratio", "min_size", "max_image_bytes"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} should be >= 1")
+        check_count("dali_batch_size", self.dali_batch_size)
+        if self.num_threads is not None:
+            check_count("num_threads", self.num_threads)
+        for name in ("max_pixels", "min_size", "max_image_bytes"):
+            check_count(name, getattr(self, name))
+        ratio = self.max_aspect_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 1:
+            raise ConfigError(f"max_aspect_ratio={ratio!r} should be a number >= 1")
         if not 0 < self.num_gpus_per_worker <= 1:
             raise ConfigError(f"num_gpus_per_worker={self.num_gpus_per_worker} should be in (0, 1]")
         if isinstance(self.text_columns, str):

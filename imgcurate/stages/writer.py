@@ -18,7 +18,7 @@ from imgcurate.catalog import Catalog
 from imgcurate.errors import ConfigError
 from imgcurate.execution import call_frame
 from imgcurate.export import OutputShard, kept_counts, plan_shards, write_shard
-from imgcurate.stages.base import DatasetStage
+from imgcurate.stages.base import DatasetStage, check_count
 from imgcurate.stages.executor import frame_types
 from imgcurate.storage import StorageOptions, join_url, list_files, make_folder, remove_tree
 
@@ -49,8 +49,7 @@ class ImageWriterStage(DatasetStage):
     needs: ClassVar[tuple[str, ...]] = _NEEDS
 
     def __post_init__(self) -> None:
-        if self.images_per_tar < 1:
-            raise ConfigError(f"images_per_tar={self.images_per_tar} should be >= 1")
+        check_count("images_per_tar", self.images_per_tar)
 
     def process_dataset(self, ddf: dd.DataFrame) -> dd.DataFrame:
         """Write the frame's kept samples and return the frame as it came.
@@ -101,8 +100,7 @@ def write_webdataset(
     Computes the frame once, on the current Dask client or scheduler; rows wait in a scratch folder
     in `output_dir`, without embeddings.
     """
-    if images_per_tar < 1:
-        raise ConfigError(f"images_per_tar={images_per_tar} should be >= 1")
+    check_count("images_per_tar", images_per_tar)
     missing = [c for c in _NEEDS if c not in ddf.columns]
     if missing:
         raise ConfigError(f"write_webdataset needs the column {missing[0]!r}, which the frame does not have")
