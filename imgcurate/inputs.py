@@ -212,8 +212,8 @@ def _has_images(url: str, storage_options: StorageOptions | None) -> bool:
 
 def _is_sidecar(url: str, archives: set[str]) -> bool:
     """Return whether a table lies beside a tar of its name, as a glob over both finds it."""
-    stem, _, ending = url.rpartition(".")
-    return ending == "parquet" and any(stem + e in archives for e in TAR_ENDINGS)
+    name, _, ending = url.rpartition(".")
+    return ending == "parquet" and any(name + e in archives for e in TAR_ENDINGS)
 
 
 def _check_tables(urls: Sequence[str], storage_options: StorageOptions | None) -> None:

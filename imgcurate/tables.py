@@ -121,12 +121,13 @@ class TableSource:
     def scan(self) -> tuple[TarScan, np.ndarray]:
         """Return the members of all rows, and of each the number of its row.
 
-        What is damaged is told by the scan's ``damage``: the rows before are there.
+        What is damaged is told by ``damage``, at its first place; what can be read of each row group is there.
         """
         names: list[bytes] = []
         spans: list[tuple[int, int, int, int]] = []
         rows: list[int] = []
         damages: list[Damage] = []
+        lost = 0
         for group in range(self._file.n_groups):
             position, number = group << _SEGMENT_BITS, self._file.first_row(group)
             try:
@@ -141,11 +142,12 @@ class TableSource:
                         position = end
                     number += 1
             except DamagedStreamError as exc:
-                lost = self._file.first_row(group + 1) - number
-                damages.append(Damage(position, f"{exc} ({lost:,} rows are lost)" if lost > 0 else str(exc), ""))
+                lost += max(0, self._file.first_row(group + 1) - number)
+                damages.append(Damage(position, str(exc), ""))
         damage = damages[0] if damages else None
-        if damage is not None and len(damages) > 1:
-            damage = damage._replace(reason=f"{damage.reason}, and {len(damages) - 1} more row groups")
+        if damage is not None and lost:
+            more = f", and {len(damages) - 1} more row groups" if len(damages) > 1 else ""
+            damage = damage._replace(reason=f"{damage.reason}{more} ({lost:,} rows are lost)")
         columns = np.array(spans, np.int64).reshape(-1, 4).T
         return TarScan(Members(b"".join(names), *columns), [], damage), np.array(rows, np.int64)
 
