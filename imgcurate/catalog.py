@@ -154,7 +154,13 @@ class Manifest:
     counts : dict of str to int
         Samples by status.
     shards : list of dict
-        ``name``, ``samples`` and ``nbytes`` of each output shard.
+        ``name``, ``samples``, ``nbytes`` and ``sha256`` of each output shard.
+    increments : list of int
+        How many inputs there were in all each time that the run began or grew; the last one is all of
+        them. Partitions never hold inputs of two increments.
+    source : dict
+        Where the inputs were looked for and how they are divided: ``file_paths``, ``files_per_partition``,
+        ``sidecar_columns``, ``text_columns``; or ``refilter``, the folder of the run that was decided anew.
     """
 
     fingerprint: str
@@ -165,6 +171,8 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     shards: list[dict[str, Any]] = field(default_factory=list)
     timings_s: dict[str, float] = field(default_factory=dict)
+    increments: list[int] = field(default_factory=list)
+    source: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str, storage_options: StorageOptions | None = None) -> None:
         """Write ``folder/manifest.json`` atomically."""

@@ -1,0 +1,140 @@
+"""The mark of a finished run: its counts, and size and checksum of every file that it wrote.
+
+``OUT/_SUCCESS`` appears when all other files are there, and is taken away before any of them changes: who finds
+it finds a whole data set. :mod:`imgcurate.verify` proves what it says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any, Final
+
+from imgcurate.errors import CatalogError
+from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, open_source, read_bytes, remove
+
+__all__ = ["SUCCESS", "FileDigest", "HashingWriter", "Success", "file_digest"]
+
+SUCCESS: Final = "_SUCCESS"
+_FORMAT: Final = 1
+_BLOCK_BYTES: Final = 8 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What tells a file from every other.
+
+    Attributes
+    ----------
+    nbytes : int
+        Its size.
+    sha256 : str
+        64 hexadecimal digits.
+    """
+
+    nbytes: int
+    sha256: str
+
+
+class HashingWriter:
+    """A binary file that is written from its beginning to its end, and hashed on the way.
+
+    Parameters
+    ----------
+    out : binary file
+        Where the bytes go; None only hashes them.
+    """
+
+    def __init__(self, out: IO[bytes] | None = None) -> None:
+        self._out = out
+        self._hash = hashlib.sha256()
+        self._nbytes = 0
+
+    def write(self, data: bytes) -> int:
+        """Write some bytes."""
+        if self._out is not None:
+            self._out.write(data)
+        self._hash.update(data)
+        self._nbytes += len(data)
+        return len(data)
+
+    @property
+    def digest(self) -> FileDigest:
+        """Size and checksum of what was written so far."""
+        return FileDigest(self._nbytes, self._hash.hexdigest())
+
+
+def file_digest(url: str, storage_options: StorageOptions | None = None) -> FileDigest:
+    """Read a file, and return its size and checksum.
+
+    Raises
+    ------
+    StorageError
+        If it does not exist, or cannot be read.
+    """
+    source = open_source(url, storage_options)
+    hashing = HashingWriter()
+    try:
+        position = 0
+        while block := source.pread(position, _BLOCK_BYTES):
+            hashing.write(block)
+            position += len(block)
+    finally:
+        source.close()
+    return hashing.digest
+
+
+@dataclass(frozen=True)
+class Success:
+    """What a finished run says about itself; one JSON file.
+
+    Attributes
+    ----------
+    fingerprint : str
+        That of the manifest.
+    samples : int
+        Input samples.
+    counts : dict of str to int
+        Samples by status.
+    files : dict of str to FileDigest
+        Every file that is part of the result, by its path within the folder.
+    """
+
+    fingerprint: str
+    samples: int
+    counts: Mapping[str, int]
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
+
+    def save(self, folder: str, storage_options: StorageOptions | None = None) -> None:
+        """Write ``folder/_SUCCESS`` atomically."""
+        content: dict[str, Any] = {"format": _FORMAT, **asdict(self)}
+        with atomic_write(join_url(folder, SUCCESS), storage_options) as out:
+            out.write(json.dumps(content, indent=1).encode())
+
+    @staticmethod
+    def load(folder: str, storage_options: StorageOptions | None = None) -> Success | None:
+        """Read ``folder/_SUCCESS``; None if there is none.
+
+        Raises
+        ------
+        CatalogError
+            If it cannot be understood.
+        """
+        url = join_url(folder, SUCCESS)
+        if not exists(url, storage_options):
+            return None
+        try:
+            content = json.loads(read_bytes(url, storage_options))
+            if content.pop("format") != _FORMAT:
+                raise CatalogError(f"{url} was written by another version of imgcurate")
+            content["files"] = {name: FileDigest(**digest) for name, digest in content["files"].items()}
+            return Success(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise CatalogError(f"{url} is damaged: {exc}") from exc
+
+    @staticmethod
+    def withdraw(folder: str, storage_options: StorageOptions | None = None) -> None:
+        """Take the mark away, before something changes."""
+        remove(join_url(folder, SUCCESS), storage_options)
