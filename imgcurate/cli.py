@@ -257,6 +257,7 @@ def dedup(
     eps_list: Annotated[list[float] | None, typer.Option(help="Count for this eps too; repeatable.")] = None,
     n_clusters: Annotated[int | None, typer.Option(min=1, help="k-means clusters; chosen if not given.")] = None,
     n_probe: Annotated[int, typer.Option(min=1, help="Clusters in which a row is looked for.")] = 2,
+    max_probe: Annotated[int, typer.Option(min=1, help="Up to so many where a near row is likely.")] = 8,
     which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of equals.")] = "hard",
     keep_by: Annotated[
         list[str] | None, typer.Option(help="Column that decides first who stays; repeatable. '-' prefers the larger.")
@@ -283,7 +284,7 @@ def dedup(
         with _progress(quiet) as progress:
             result = dedup_embeddings(
                 inputs, output, id_field=id_field, embedding_field=embedding_field, eps=eps,
-                eps_list=eps_list or (), n_clusters=n_clusters or "auto", n_probe=n_probe,
+                eps_list=eps_list or (), n_clusters=n_clusters or "auto", n_probe=n_probe, max_probe=max_probe,
                 which_to_keep=which_to_keep, keep_by=keep_by or (), mode=mode, reference=reference or (),
                 only_reference=only_reference, storage_options=storage_options(storage_option or []),
                 scheduler=scheduler, device=device, n_workers=workers, overwrite=overwrite, progress=progress,

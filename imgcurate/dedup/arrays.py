@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from imgcurate.backend import Backend, get_backend
 from imgcurate.dedup.config import DedupConfig
-from imgcurate.dedup.kmeans import fit_centroids
+from imgcurate.dedup.kmeans import fit_clustering
 from imgcurate.dedup.passes import Decisions, Pairs, Rows, across, choose, orphans_of, within
 from imgcurate.dedup.rows import make_rows, sample_order, unit_rows
 from imgcurate.errors import ConfigError
@@ -101,10 +101,10 @@ def dedup_arrays(
     if not len(index):
         return DedupResult(duplicate_of, similarity, cluster, np.empty((0, embeddings.shape[1]), np.float32))
     sample = sample_order(uid[index], config.fit_rows(n), config.random_state)
-    centroids = fit_centroids(x[sample], config.clusters_for(n), config, backend)
+    clustering = fit_clustering(x[sample], config.clusters_for(n), config, backend)
     keep_columns = {c: np.asarray(given[c])[index] for c in config.keep_order.columns}
     names = np.full(len(index), "", object)
-    rows = make_rows(x, uid[index], names, keep_columns, centroids, config, backend)
+    rows = make_rows(x, uid[index], names, keep_columns, clustering, config, backend)
     decisions = _decide(rows, config, backend)
     order = np.argsort(uid)
 
@@ -115,7 +115,7 @@ def dedup_arrays(
     duplicate_of[at[decisions.goes]] = positions(decisions.keeper[decisions.goes])
     similarity[at] = decisions.similarity
     cluster[index] = rows.cluster
-    return DedupResult(duplicate_of, similarity, cluster, centroids)
+    return DedupResult(duplicate_of, similarity, cluster, clustering.centroids)
 
 
 def _decide(rows: Rows, config: DedupConfig, backend: Backend) -> Decisions:

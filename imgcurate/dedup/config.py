@@ -31,6 +31,9 @@ class DedupConfig:
         3000 samples one cluster, that is, an exact search.
     n_probe : int
         In how many clusters, nearest first, a sample is looked for; 1 does not look across borders.
+    max_probe : int
+        Up to so many, if `n_probe` is 2 or more, where something near it is likely to lie behind their
+        borders; see :func:`imgcurate.dedup.kmeans.find_probes`. Those of ``n_probe`` are always among them.
     which_to_keep : {"hard", "easy", "random"}
         Keep the member of a group that is farthest from its centroid, nearest to it, or any.
     keep_by : sequence of str
@@ -60,6 +63,7 @@ class DedupConfig:
     eps: float = 0.05
     n_clusters: int | Literal["auto"] = "auto"
     n_probe: int = 2
+    max_probe: int = 8
     which_to_keep: str = "hard"
     keep_by: Sequence[str] = ()
     mode: str = "representatives"
@@ -81,7 +85,7 @@ class DedupConfig:
             raise ConfigError(f"mode={self.mode!r} is none of {', '.join(DEDUP_MODES)}")
         if self.n_clusters != "auto" and (isinstance(self.n_clusters, str) or self.n_clusters < 1):
             raise ConfigError(f"n_clusters={self.n_clusters!r} should be 'auto' or >= 1")
-        for name in ("n_probe", "max_iter", "n_init"):
+        for name in ("n_probe", "max_probe", "max_iter", "n_init"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} should be >= 1")
         if self.fit_data_fraction is not None and not 0 < self.fit_data_fraction <= 1:
@@ -103,8 +107,8 @@ class DedupConfig:
 
     @property
     def probes(self) -> int:
-        """In how many clusters a sample is looked for."""
-        return 1 if self.mode == "semdedup" else self.n_probe
+        """In how many clusters a sample is looked for, at most."""
+        return 1 if self.mode == "semdedup" or self.n_probe == 1 else max(self.n_probe, self.max_probe)
 
     def with_eps(self, eps: float) -> DedupConfig:
         """Return the same parameters with another threshold."""

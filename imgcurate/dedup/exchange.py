@@ -22,7 +22,7 @@ from imgcurate import schema
 from imgcurate.backend import array_from_list_column, get_backend
 from imgcurate.catalog import read_batch, write_batches
 from imgcurate.dedup.config import DedupConfig
-from imgcurate.dedup.kmeans import fit_centroids
+from imgcurate.dedup.kmeans import Clustering, fit_clustering
 from imgcurate.dedup.names import sample_names, shard_names
 from imgcurate.dedup.passes import REFERENCE_BIT, Rows
 from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
@@ -240,8 +240,10 @@ class Exchange:
         x = np.concatenate([_matrix_of(b) for b in batches])
         sample = sample_order(uid, self.config.fit_rows(n_rows), self.config.random_state)
         n_clusters = min(self.config.clusters_for(n_rows), len(sample))
-        centroids = fit_centroids(x[sample], n_clusters, self.config, get_backend(self.device))
-        self.scratch.write_json("plan", {"starts": self._bucket_starts(n_rows, *centroids.shape)})
+        clustering = fit_clustering(x[sample], n_clusters, self.config, get_backend(self.device))
+        centroids = clustering.centroids
+        starts = self._bucket_starts(n_rows, *centroids.shape)
+        self.scratch.write_json("plan", {"starts": starts, "dimensions": clustering.dimensions})
         self.scratch.write("centroids", [_batch(np.arange(len(centroids)), centroids)])
         return {}
 
@@ -259,13 +261,13 @@ class Exchange:
         columns = self.config.keep_order.columns
         is_reference = part >= self.catalog.n_parts
         table, uid = self._taking_part(part, [schema.SHARD, schema.KEY, *(() if is_reference else columns)])
-        centroids = self.centroids()
-        x, valid = unit_rows(_matrix(table, centroids.shape[1]))
+        clustering = Clustering(self.centroids(), self.scratch.read_json("plan")["dimensions"])
+        x, valid = unit_rows(_matrix(table, clustering.centroids.shape[1]))
         table, x, uid = table.filter(pa.array(valid)), x[valid], uid[valid]
         # What stays in any case needs no preference.
         values = {c: np.zeros(len(uid)) if is_reference else numeric_column(table, c) for c in columns}
         names = sample_names(table, self.scratch.read_json("names"))
-        rows = make_rows(x, uid, names, values, centroids, self.config, get_backend(self.device))
+        rows = make_rows(x, uid, names, values, clustering, self.config, get_backend(self.device))
         self.scratch.write(name, self.by_bucket(rows))
         return {}
 

@@ -1,4 +1,4 @@
-"""Spherical k-means: fit on a sample, assign block by block.
+"""Spherical k-means: fit on a sample, assign block by block, and tell where near rows may lie.
 
 Rows have unit length, so the nearest centroid is that of the largest inner product once centroids
 have unit length too.
@@ -7,6 +7,7 @@ have unit length too.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,12 +17,51 @@ from imgcurate.backend import Backend
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.similarity import exact_similarity, rounding_error
 
-__all__ = ["assign", "fit_centroids"]
+__all__ = ["Clustering", "assign", "find_probes", "fit_clustering"]
 
 _BLOCK_VALUES: Final = 32 * 1024 * 1024
 _SPLIT_OVER: Final = 4.0
+_REACH_SLACK: Final = 1e-3
+_MAX_SPREAD_ROWS: Final = 8192
 
 Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Clusters, and how the rows spread about them.
+
+    Attributes
+    ----------
+    centroids : ndarray of float32 of shape (k, d)
+        Unit rows.
+    dimensions : int
+        In how many directions rows vary, 1 to d: the participation ratio ``tr(C)^2 / tr(C^2)`` of their
+        covariance C. Near d for noise; a few dozen for what encoders make of photos.
+    """
+
+    centroids: Floats
+    dimensions: int
+
+
+def fit_clustering(x: Floats, n_clusters: int, config: DedupConfig, backend: Backend) -> Clustering:
+    """Fit k-means on a sample, and measure the spread of its rows.
+
+    Parameters
+    ----------
+    x : ndarray of float32 of shape (n, d)
+        Unit rows, in a random order that does not depend on partitions.
+    n_clusters, config, backend
+        As in :func:`fit_centroids`.
+    """
+    rows = x[:_MAX_SPREAD_ROWS].astype(np.float64)
+    rows -= rows.mean(axis=0)
+    # The smaller of the two products has the same trace of its square.
+    product = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+    trace, square = np.trace(product), float((product * product).sum())
+    # Whole, so that rounding, which depends on threads, does not show.
+    dimensions = round(trace * trace / square) if square > 0 else 1
+    return Clustering(fit_centroids(x, n_clusters, config, backend), max(1, dimensions))
 
 
 def fit_centroids(x: Floats, n_clusters: int, config: DedupConfig, backend: Backend) -> Floats:
@@ -78,7 +118,7 @@ def _fit(x: Floats, n_clusters: int, config: DedupConfig, backend: Backend) -> F
 
 def assign(
     x: Floats, centroids: Floats, n_probe: int, backend: Backend
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Return the nearest centroids of each row.
 
     Parameters
@@ -95,9 +135,9 @@ def assign(
     Returns
     -------
     labels : ndarray of int32 of shape (n, min(n_probe, k))
-        Nearest first; of equally near ones the lower index first.
-    similarity : ndarray of float64 of the same shape
-        Cosine similarity to them, exact, so independent of how rows are put into blocks.
+        Nearest first, decided in float64; of equally near ones the lower index first.
+    similarity : ndarray of float32 of the same shape
+        Cosine similarity to them, up to the rounding of float32 products.
 
     Notes
     -----
@@ -105,21 +145,85 @@ def assign(
     """
     n_probe = min(n_probe, len(centroids))
     labels = np.zeros((len(x), n_probe), dtype=np.int32)
-    if len(centroids) > 1:
-        device_centroids = backend.asarray(centroids).T
-        rows = max(1, _BLOCK_VALUES // len(centroids))
-        for start in range(0, len(x), rows):
-            block = x[start : start + rows]
-            products = backend.asarray(block) @ device_centroids
-            labels[start : start + rows] = _nearest(products, block, centroids, n_probe, backend)
-    similarity = np.empty(labels.shape)
-    for i in range(n_probe):
-        similarity[:, i] = exact_similarity(x, centroids, np.arange(len(x)), labels[:, i])
+    similarity = np.zeros(labels.shape, dtype=np.float32)
+    if len(centroids) == 1:
+        similarity[:, 0] = x @ centroids[0]
+        return labels, similarity
+    device_centroids = backend.asarray(centroids).T
+    rows = max(1, _BLOCK_VALUES // len(centroids))
+    for start in range(0, len(x), rows):
+        at = slice(start, start + rows)
+        products = backend.asarray(x[at]) @ device_centroids
+        labels[at], similarity[at] = _nearest(products, x[at], centroids, n_probe, backend)
     return labels, similarity
 
 
-def _nearest(products: Any, x: Floats, centroids: Floats, n_probe: int, backend: Backend) -> npt.NDArray[np.int32]:
-    """Return the `n_probe` largest products per row; near ties are decided in float64."""
+def find_probes(
+    x: Floats, clustering: Clustering, config: DedupConfig, backend: Backend
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+    """Assign rows to clusters, and say in which others rows near to them may lie.
+
+    A row at distance m from the border to another cluster has nothing behind it within less than m, and two
+    unit rows with a cosine similarity >= 1 - eps lie at most ``r = sqrt(2 eps)`` apart. So the next
+    ``n_probe - 1`` clusters are looked at where m <= r. From there on a cluster has to be likely: if rows vary
+    in D directions, a step of length r goes about r / sqrt(D) in the direction of one border, and clusters
+    farther than that are left out.
+
+    Parameters
+    ----------
+    x : ndarray of float32 of shape (n, d)
+        Unit rows.
+    clustering : Clustering
+        The k clusters.
+    config : DedupConfig
+        ``n_probe``, ``max_probe`` and the thresholds.
+    backend : Backend
+        Where the products are computed.
+
+    Returns
+    -------
+    cluster : ndarray of int32 of shape (n,)
+        The nearest.
+    similarity : ndarray of float64 of shape (n,)
+        Cosine similarity to it, independent of how rows are put into blocks.
+    probes : ndarray of int32 of shape (n, p)
+        p >= 1 further clusters; -1 where there is none.
+    """
+    centroids = clustering.centroids
+    labels, approximate = assign(x, centroids, config.probes, backend)
+    rows = np.arange(len(x))
+    similarity = exact_similarity(x, centroids, rows, labels[:, 0])
+    # Arrow divides by zero where lists of fixed length are empty: there is always one column.
+    probes = np.full((len(x), max(1, labels.shape[1] - 1)), -1, dtype=np.int32)
+    reach = np.sqrt(2 * config.largest_eps)
+    likely = reach / np.sqrt(clustering.dimensions)
+    band = 4 * rounding_error(x.shape[1])
+    for i in range(1, labels.shape[1]):
+        between = _distances(centroids, labels[:, 0], labels[:, i])
+        limit = between * ((reach if i < config.n_probe else min(reach, likely)) + _REACH_SLACK)
+        near = np.flatnonzero(approximate[:, 0] - approximate[:, i] <= limit + band)
+        exact = exact_similarity(x, centroids, near, labels[near, i])
+        near = near[similarity[near] - exact <= limit[near]]
+        probes[near, i - 1] = labels[near, i]
+    return labels[:, 0].copy(), similarity, probes
+
+
+def _distances(centroids: Floats, a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Return how far apart pairs of centroids lie."""
+    pairs, inverse = np.unique(a.astype(np.int64) * len(centroids) + b, return_inverse=True)
+    first, second = np.divmod(pairs, len(centroids))
+    distances: npt.NDArray[np.float64] = np.empty(len(pairs))
+    for start in range(0, len(pairs), _MAX_SPREAD_ROWS):
+        at = slice(start, start + _MAX_SPREAD_ROWS)
+        apart = centroids[first[at]].astype(np.float64) - centroids[second[at]]
+        distances[at] = np.linalg.norm(apart, axis=1)
+    return distances[inverse]
+
+
+def _nearest(
+    products: Any, x: Floats, centroids: Floats, n_probe: int, backend: Backend
+) -> tuple[npt.NDArray[np.int32], Floats]:
+    """Return the `n_probe` largest products per row, and where; near ties are decided in float64."""
     xp, k = backend.xp, len(centroids)
     n_top = min(n_probe + 1, k)
     top = xp.argpartition(products, k - n_top, axis=1)[:, k - n_top :]
@@ -132,8 +236,9 @@ def _nearest(products: Any, x: Floats, centroids: Floats, n_probe: int, backend:
     for row in np.flatnonzero((values[:, :-1] - values[:, 1:] < band).any(axis=1)):
         near = np.flatnonzero(backend.to_host(products[row]) >= values[row, n_probe - 1] - band)
         similarity = exact_similarity(x, centroids, np.full(len(near), row), near)
-        labels[row] = near[np.lexsort((near, -similarity))][:n_probe]
-    return labels
+        best = np.lexsort((near, -similarity))[:n_probe]
+        labels[row], values[row, :n_probe] = near[best], similarity[best]
+    return labels, values[:, :n_probe]
 
 
 def _normalised(x: npt.NDArray[Any]) -> Floats:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from imgcurate.backend import Backend
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.keep import hash_uids
-from imgcurate.dedup.kmeans import assign
+from imgcurate.dedup.kmeans import Clustering, find_probes
 from imgcurate.dedup.passes import Rows
 
 __all__ = ["make_rows", "sample_mask", "sample_order", "unit_rows"]
@@ -76,7 +76,7 @@ def make_rows(
     uid: npt.NDArray[np.int64],
     name: npt.NDArray[Any],
     columns: Mapping[str, npt.NDArray[Any]],
-    centroids: npt.NDArray[np.float32],
+    clustering: Clustering,
     config: DedupConfig,
     backend: Backend,
 ) -> Rows:
@@ -88,38 +88,13 @@ def make_rows(
         Unit rows.
     uid, name, columns
         Their identity, name and the columns of ``config.keep_order``.
-    centroids : ndarray of float32 of shape (k, d)
-        Unit rows.
+    clustering : Clustering
+        The clusters.
     config : DedupConfig
         The parameters.
     backend : Backend
         Where.
     """
-    labels, similarity = assign(x, centroids, config.probes, backend)
-    keys = config.keep_order.keys(uid, similarity[:, 0], columns)
-    # Arrow divides by zero where lists of fixed length are empty: there is always one column.
-    probes = np.full((len(x), max(1, labels.shape[1] - 1)), -1, dtype=np.int32)
-    for i in range(1, labels.shape[1]):
-        beyond = _beyond_reach(labels, similarity, i, centroids, config.largest_eps)
-        probes[:, i - 1] = np.where(beyond, -1, labels[:, i])
-    return Rows(uid, keys, labels[:, 0].copy(), probes, name, x)
-
-
-def _beyond_reach(
-    labels: npt.NDArray[np.int32],
-    similarity: npt.NDArray[np.float64],
-    i: int,
-    centroids: npt.NDArray[np.float32],
-    eps: float,
-) -> npt.NDArray[np.bool_]:
-    """Return the rows so far from the border to their i-th cluster that no row behind it is near.
-
-    A row behind the border lies at least as far away as the border, and two unit rows with a cosine
-    similarity >= 1 - eps lie at most sqrt(2 eps) apart.
-    """
-    pairs, inverse = np.unique(labels[:, [0, i]], axis=0, return_inverse=True)
-    a, b = centroids[pairs[:, 0]].astype(np.float64), centroids[pairs[:, 1]].astype(np.float64)
-    between = np.linalg.norm(a - b, axis=1)[inverse]
-    margin = (similarity[:, 0] - similarity[:, i]) / np.where(between > 0, between, 1)
-    beyond: npt.NDArray[np.bool_] = margin > np.sqrt(2 * eps) + 1e-3
-    return beyond
+    cluster, similarity, probes = find_probes(x, clustering, config, backend)
+    keys = config.keep_order.keys(uid, similarity, columns)
+    return Rows(uid, keys, cluster, probes, name, x)

@@ -44,6 +44,8 @@ class SemanticDedupStage(DatasetStage):
         Number of k-means clusters; see :class:`imgcurate.dedup.DedupConfig` for the rule.
     n_probe : int
         In how many clusters, nearest first, a sample is looked for; 1 does not look across borders.
+    max_probe : int
+        Up to so many, if `n_probe` is 2 or more, where something near is likely to lie behind their borders.
     which_to_keep : {"hard", "easy", "random"}
         Keep the member of a group that is farthest from its centroid, nearest to it, or any.
     keep_by : sequence of str
@@ -76,6 +78,7 @@ class SemanticDedupStage(DatasetStage):
     eps: float = 0.05
     n_clusters: int | Literal["auto"] = "auto"
     n_probe: int = 2
+    max_probe: int = 8
     which_to_keep: str = "hard"
     keep_by: Sequence[str] = ()
     mode: str = "representatives"
@@ -104,8 +107,9 @@ class SemanticDedupStage(DatasetStage):
     def config(self) -> DedupConfig:
         """The parameters of deduplication."""
         return DedupConfig(
-            eps=self.eps, n_clusters=self.n_clusters, n_probe=self.n_probe, which_to_keep=self.which_to_keep,
-            keep_by=tuple(self.keep_by), mode=self.mode, eps_list=tuple(self.eps_list),
+            eps=self.eps, n_clusters=self.n_clusters, n_probe=self.n_probe, max_probe=self.max_probe,
+            which_to_keep=self.which_to_keep, keep_by=tuple(self.keep_by), mode=self.mode,
+            eps_list=tuple(self.eps_list),
             only_reference=self.only_reference, fit_data_fraction=self.fit_data_fraction, max_iter=self.max_iter,
             tol=self.tol, init=self.init, n_init=self.n_init, random_state=self.random_state,
             oversampling_factor=self.oversampling_factor,
