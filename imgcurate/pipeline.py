@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distributed import Client
+from distributed.security import Security
 
 from imgcurate.backend import get_backend
 from imgcurate.cluster import cluster_device, open_client
 from imgcurate.errors import ConfigError
 from imgcurate.execution import Progress
 from imgcurate.plan import Plan, make_plan
+from imgcurate.preflight import check_storage, check_versions
 from imgcurate.results import Result
 from imgcurate.runner import Run
 from imgcurate.stages.base import Stage
@@ -59,6 +61,7 @@ class Pipeline:
         *,
         client: Client | None = None,
         scheduler: str | None = None,
+        security: Security | None = None,
         device: str = "auto",
         n_workers: int | None = None,
         overwrite: bool = False,
@@ -75,6 +78,8 @@ class Pipeline:
             A cluster to run on; by default a local one is started and closed.
         scheduler : str, optional
             Address or file of a running scheduler, instead of `client`.
+        security : distributed.security.Security, optional
+            TLS settings for `scheduler`, see :func:`imgcurate.cluster.tls_security`.
         device : {"auto", "cpu", "gpu"}
             What the workers compute on.
         n_workers : int, optional
@@ -99,6 +104,8 @@ class Pipeline:
             If weights are missing.
         CatalogError
             If the accounting does not add up.
+        ClusterError
+            If the given cluster cannot be used: see :mod:`imgcurate.preflight`.
         """
         plan = self.plan()
         folder = output_dir or (plan.writer.output_dir if plan.writer else None)
@@ -115,6 +122,10 @@ class Pipeline:
                 local = open_client(device=run.device, n_workers=n_workers, tasks_per_gpu=tasks_per_gpu)
                 run.client = stack.enter_context(local)
             else:
-                run.client = client or stack.enter_context(open_client(scheduler=scheduler))
+                run.client = client or stack.enter_context(open_client(scheduler=scheduler, security=security))
+                check_versions(run.client)
                 run.device = cluster_device(run.client, device)
+                if (finished := run.finished(overwrite=overwrite)) is not None:
+                    return finished
+                check_storage(run.client, folder, run.shards[0], run.options)
             return run.execute(overwrite=overwrite)
