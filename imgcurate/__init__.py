@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imgcurate.errors import ImgcurateError
     from imgcurate.frame import read_webdataset
     from imgcurate.pipeline import Pipeline, Result
+    from imgcurate.refiltering import refilter
     from imgcurate.stages import (
         DatasetStage,
         ExactDedupStage,
@@ -56,6 +57,7 @@ _HOMES = {
     "read_webdataset": "frame",
     "Pipeline": "pipeline",
     "Result": "pipeline",
+    "refilter": "refiltering",
     "DedupedEmbeddings": "standalone",
     "dedup_embeddings": "standalone",
     "DatasetStage": "stages",
@@ -109,6 +111,7 @@ __all__ = [
     "open_client",
     "perceptual_dedup",
     "read_webdataset",
+    "refilter",
     "score_aesthetic",
     "score_nsfw",
     "score_quality",

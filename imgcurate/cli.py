@@ -51,6 +51,9 @@ Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of th
 Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
+TlsCa = Annotated[str | None, typer.Option("--tls-ca-file", help="PEM file of the CA of a tls:// scheduler.")]
+TlsCert = Annotated[str | None, typer.Option("--tls-cert", help="PEM file of the client's certificate.")]
+TlsKey = Annotated[str | None, typer.Option("--tls-key", help="PEM file of the client's private key.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in the output folder.")]
 StorageOption = Annotated[
     list[str] | None,
@@ -168,6 +171,9 @@ def curate(
     device: Device = "auto",
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls_ca_file: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -216,7 +222,9 @@ def curate(
     pipeline = _pipeline(
         inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **limits
     )
-    result = _run(pipeline, output, device, workers, scheduler, overwrite, quiet)
+    result = _run(
+        pipeline, output, device, workers, scheduler, overwrite, quiet, (tls_ca_file, tls_cert, tls_key)
+    )  # fmt: skip
     typer.echo(result.accounting())
 
 
@@ -227,6 +235,9 @@ def run(
     device: Annotated[str | None, typer.Option(help="auto, cpu or gpu; overrides the file.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls_ca_file: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -239,7 +250,7 @@ def run(
         sys.path.insert(0, str(Path.cwd()))
     result = _run(
         config.pipeline(), output, device or config.device, workers or config.workers,
-        scheduler or config.scheduler, overwrite, quiet,
+        scheduler or config.scheduler, overwrite, quiet, (tls_ca_file, tls_cert, tls_key),
     )  # fmt: skip
     typer.echo(result.accounting())
 
@@ -273,6 +284,9 @@ def dedup(
     device: Device = "auto",
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls_ca_file: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -287,7 +301,8 @@ def dedup(
                 eps_list=eps_list or (), n_clusters=n_clusters or "auto", n_probe=n_probe, max_probe=max_probe,
                 which_to_keep=which_to_keep, keep_by=keep_by or (), mode=mode, reference=reference or (),
                 only_reference=only_reference, storage_options=storage_options(storage_option or []),
-                scheduler=scheduler, device=device, n_workers=workers, overwrite=overwrite, progress=progress,
+                scheduler=scheduler, security=_security(scheduler, (tls_ca_file, tls_cert, tls_key)),
+                device=device, n_workers=workers, overwrite=overwrite, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt as exc:
         raise _StoppedError from exc
@@ -363,10 +378,12 @@ def _run(
     scheduler: str | None,
     overwrite: bool,
     quiet: bool,
+    tls: tuple[str | None, str | None, str | None] = (None, None, None),
 ) -> Any:
     from imgcurate.backend import get_backend, why_no_gpu
 
     pipeline.plan()
+    security = _security(scheduler, tls)
     if scheduler is None:
         backend = get_backend(device)
         if device == "auto" and not backend.is_gpu and not quiet:
@@ -374,14 +391,23 @@ def _run(
     try:
         with _progress(quiet) as progress:
             result = pipeline.run(
-                output, scheduler=scheduler, device=device, n_workers=workers, overwrite=overwrite, progress=progress
-            )
+                output, scheduler=scheduler, security=security, device=device, n_workers=workers,
+                overwrite=overwrite, progress=progress,
+            )  # fmt: skip
     except KeyboardInterrupt as exc:
         raise _StoppedError from exc
     if not quiet and not result.shards:
         why = "nothing was kept" if not result.kept else "the pipeline has no ImageWriterStage"
         typer.echo(f"no shards were written: {why}", err=True)
     return result
+
+
+def _security(scheduler: str | None, tls: tuple[str | None, str | None, str | None]) -> Any:
+    from imgcurate.cluster import tls_security
+
+    if scheduler is None and any(tls):
+        raise ConfigError("--tls-ca-file, --tls-cert and --tls-key go with --scheduler")
+    return tls_security(*tls)
 
 
 @contextmanager

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import importlib
+import json
 import logging
 import signal
+import ssl
 import sys
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import dask
 import psutil
 from distributed import Client, LocalCluster
+from distributed.comm import connect
+from distributed.security import Security
+from distributed.versions import VersionMismatchWarning
 
 from imgcurate.backend import cpu_count, get_backend
 from imgcurate.errors import ClusterError, ConfigError
 
-__all__ = ["cluster_device", "open_client"]
+__all__ = ["cluster_device", "open_client", "tls_security"]
 
 logger = logging.getLogger(__name__)
 _GIB: Final = 1024**3
 _MEMORY_PER_WORKER_BYTES: Final = 4 * _GIB
 _LOOPBACK: Final = "127.0.0.1"
+_CONNECT_S: Final = 15.0
 
 
 @contextlib.contextmanager
@@ -35,7 +44,7 @@ def open_client(
     scheduler: str | None = None,
     tasks_per_gpu: int = 1,
     dashboard_address: str | None = f"{_LOOPBACK}:0",
-    security: Any = None,
+    security: Security | None = None,
 ) -> Iterator[Client]:
     """Open a Dask client, and the cluster behind it where there is none yet.
 
@@ -55,7 +64,7 @@ def open_client(
     dashboard_address : str, optional
         Where the dashboard listens: on loopback unless told otherwise. None: no dashboard.
     security : distributed.security.Security, optional
-        TLS settings for `scheduler`.
+        TLS settings for `scheduler`, see :func:`tls_security`; by default those of Dask's own configuration.
 
     Yields
     ------
@@ -69,7 +78,7 @@ def open_client(
     DeviceError
         If a GPU is asked for and is not usable here.
     ClusterError
-        If the scheduler does not answer.
+        If the scheduler does not answer within 15 s, or does not accept the TLS settings.
     """
     if n_workers is not None and n_workers < 1:
         raise ConfigError(f"n_workers={n_workers} should be >= 1")
@@ -164,19 +173,102 @@ def _worker_device(device: str) -> str:
     return get_backend(device).name
 
 
-@contextlib.contextmanager
-def _connect(scheduler: str, security: Any) -> Iterator[Client]:
-    where: dict[str, Any] = {"address": scheduler}
-    if "://" not in scheduler and scheduler.endswith(".json"):
-        if not Path(scheduler).is_file():
-            raise ClusterError(f"there is no scheduler file {scheduler}: name it, or the scheduler's address")
-        where = {"scheduler_file": scheduler}
+def tls_security(ca_file: str | None, cert: str | None, key: str | None) -> Security | None:
+    """Return TLS settings from files, as ``dask scheduler`` takes them; None if none is named.
+
+    Parameters
+    ----------
+    ca_file : str, optional
+        PEM file of the authorities that signed the certificates of scheduler and workers.
+    cert, key : str, optional
+        PEM files of the client's certificate and of its private key.
+
+    Raises
+    ------
+    ConfigError
+        If only some are named, or they cannot be used.
+    """
+    files = {"CA file": ca_file, "certificate": cert, "key": key}
+    if not any(files.values()):
+        return None
+    for what, name in files.items():
+        if not name:
+            raise ConfigError(f"TLS needs a CA file, a certificate and a key, and no {what} is named")
+        if not Path(name).is_file():
+            raise ConfigError(f"there is no TLS {what} {name}")
+    security = Security(require_encryption=True, tls_ca_file=ca_file, tls_client_cert=cert, tls_client_key=key)
     try:
-        client = Client(**where, timeout="15s", security=security)
-    except (OSError, ValueError, TimeoutError) as exc:
-        raise ClusterError(f"no Dask scheduler answers at {scheduler}: {exc}") from exc
+        security.get_connection_args("client")
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"the TLS files {ca_file}, {cert} and {key} cannot be used: {exc}") from exc
+    return security
+
+
+@contextlib.contextmanager
+def _connect(scheduler: str, security: Security | None) -> Iterator[Client]:
+    address = _address(scheduler)
+    security = security if security is not None else Security()
+    with ThreadPoolExecutor(1) as pool:
+        # In a thread, since a notebook's has an event loop that runs. A Client that fails goes on in the background.
+        try:
+            pool.submit(asyncio.run, _greet(address, security)).result()
+        except Exception as exc:
+            raise ClusterError(f"no Dask scheduler can be used at {scheduler}: {_why_not(exc, address)}") from exc
+    with warnings.catch_warnings():
+        # The versions are checked by imgcurate.preflight.
+        warnings.simplefilter("ignore", VersionMismatchWarning)
+        try:
+            client = Client(address, timeout=f"{_CONNECT_S}s", security=security)
+        except (OSError, ValueError, TimeoutError, ImportError) as exc:
+            raise ClusterError(f"no Dask scheduler answers at {scheduler}: {exc}") from exc
     with client:
         yield client
+
+
+def _address(scheduler: str) -> str:
+    """Return the address that is given, or that is in the file that is given."""
+    if "://" in scheduler or not scheduler.endswith(".json"):
+        return scheduler
+    if not Path(scheduler).is_file():
+        raise ClusterError(f"there is no scheduler file {scheduler}: name it, or the scheduler's address")
+    try:
+        return str(json.loads(Path(scheduler).read_bytes())["address"])
+    except (OSError, ValueError, LookupError, TypeError) as exc:
+        raise ClusterError(f"{scheduler} is not the file of a Dask scheduler: {exc!r}") from exc
+
+
+async def _greet(address: str, security: Security) -> None:
+    """Connect as a client does, and leave."""
+    arguments = security.get_connection_args("client")
+    comm = await asyncio.wait_for(connect(address, timeout=_CONNECT_S, **arguments), _CONNECT_S + 1)
+    comm.abort()
+
+
+def _why_not(exc: BaseException, address: str) -> str:
+    """Return why a scheduler cannot be used, in words, from what Dask raises."""
+    causes, cause = [exc], exc.__cause__
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__
+    files = "--tls-ca-file, --tls-cert and --tls-key, or distributed.comm.tls in Dask's configuration"
+    for each in causes:
+        if isinstance(each, ssl.SSLCertVerificationError):
+            return f"its certificate is not signed by the CA that is named here ({each.verify_message})"
+        if isinstance(each, ssl.SSLError):
+            return (
+                f"the TLS handshake fails ({each.reason or each}): does it speak TLS, and with a CA that is named here?"
+            )
+    if isinstance(exc, ValueError) and "convert to SSL" in str(exc):
+        # Tornado's words for a server that speaks first, as Dask's do without TLS.
+        return "it does not speak TLS: its address begins with tcp://"
+    if isinstance(exc, TypeError) and "ssl_context" in str(exc):
+        return f"tls:// needs certificates: {files}"
+    if isinstance(exc, RuntimeError) and "encryption required" in str(exc):
+        return "TLS is asked for, and the address is not one of tls://"
+    if any(isinstance(c, (ConnectionResetError, asyncio.IncompleteReadError)) for c in causes) or not str(exc):
+        return f"it closes the connection. If it speaks TLS, its address begins with tls://, and it needs {files}"
+    text = " ".join(str(causes[-1] if isinstance(causes[-1], OSError) else exc).split())
+    return text or type(exc).__name__
 
 
 def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalCluster:

@@ -19,8 +19,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -30,36 +28,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.pipeline import Pipeline
-from imgcurate.stages import (
-    ExactDedupStage,
-    FilePartitioningStage,
-    ImageAestheticFilterStage,
-    ImageEmbeddingStage,
-    ImageNSFWFilterStage,
-    ImageQualityFilterStage,
-    ImageReaderStage,
-    ImageWriterStage,
-    PerceptualDedupStage,
-    SemanticDedupStage,
-    Stage,
-)
+from imgcurate.stages import FilePartitioningStage, ImageReaderStage, Stage
+from imgcurate.stages.registry import make_stage
 
-__all__ = ["STAGES", "RunConfig", "load_config", "quality_ranges", "storage_options"]
+__all__ = ["RunConfig", "load_config", "quality_ranges", "storage_options"]
 
-STAGES: Final[Mapping[str, type[Stage]]] = {
-    stage.__name__: stage
-    for stage in (
-        ImageReaderStage,
-        ImageQualityFilterStage,
-        ImageEmbeddingStage,
-        ImageAestheticFilterStage,
-        ImageNSFWFilterStage,
-        ExactDedupStage,
-        PerceptualDedupStage,
-        SemanticDedupStage,
-        ImageWriterStage,
-    )
-}
 _TEXT_OPTIONS: Final = frozenset({"key", "secret", "token", "username", "password"})
 
 
@@ -255,35 +228,8 @@ def _make_stage(number: int, entry: str | Mapping[str, Mapping[str, Any] | None]
         params = dict(params_ or {})
     else:
         raise ConfigError(f"stages[{number}] should be one stage name with its parameters, not {len(entry)} keys")
-    kind = _find_stage(number, name)
-    known = inspect.signature(kind).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for key in params:
-        if key not in known and not takes_any:
-            raise ConfigError(f"stages[{number}] {name} has no parameter {key!r}{nearest(key, known)}")
-    try:
-        return kind(**params)
-    except ConfigError as exc:
-        raise type(exc)(f"stages[{number}] {name}: {exc}") from exc
-    except Exception as exc:
-        given = ", ".join(f"{key}={value!r}" for key, value in params.items())
-        raise ConfigError(f"stages[{number}] {name}({given}): {exc}") from exc
-
-
-def _find_stage(number: int, name: str) -> type[Stage]:
-    if name in STAGES:
-        return STAGES[name]
     if name == FilePartitioningStage.__name__:
         raise ConfigError(
             f"stages[{number}]: what is read is said by 'inputs' and 'files_per_partition', not by a stage"
         )
-    if "." not in name:
-        raise ConfigError(f"stages[{number}]: unknown stage {name!r}{nearest(name, STAGES)}")
-    module, _, attribute = name.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as exc:
-        raise ConfigError(f"stages[{number}]: cannot import {name}: {type(exc).__name__}: {exc}") from exc
-    if not (isinstance(kind, type) and issubclass(kind, Stage)):
-        raise ConfigError(f"stages[{number}]: {name} is not a subclass of ProcessingStage or DatasetStage")
-    return kind
+    return make_stage(f"stages[{number}]", name, params)

@@ -45,6 +45,11 @@ class Origin(ABC):
 
     @property
     @abstractmethod
+    def first(self) -> Shard | str | None:
+        """The first input, or its URL."""
+
+    @property
+    @abstractmethod
     def n_parts(self) -> int:
         """Number of partitions."""
 
@@ -138,6 +143,11 @@ class ShardOrigin(Origin):
             groups += group_shards(self.shards[start:stop], self.plan.source.files_per_partition, first=start)
             start = stop
         return groups
+
+    @property
+    def first(self) -> Shard:
+        """The first shard."""
+        return self.shards[0]
 
     @property
     def n_parts(self) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distributed import Client
+from distributed.security import Security
 
-from imgcurate.backend import get_backend
-from imgcurate.cluster import cluster_device, open_client
 from imgcurate.errors import ConfigError
 from imgcurate.execution import Progress
 from imgcurate.origins import ShardOrigin
@@ -61,6 +59,7 @@ class Pipeline:
         *,
         client: Client | None = None,
         scheduler: str | None = None,
+        security: Security | None = None,
         device: str = "auto",
         n_workers: int | None = None,
         overwrite: bool = False,
@@ -81,6 +80,8 @@ class Pipeline:
             A cluster to run on; by default a local one is started and closed.
         scheduler : str, optional
             Address or file of a running scheduler, instead of `client`.
+        security : distributed.security.Security, optional
+            TLS settings for `scheduler`, see :func:`imgcurate.cluster.tls_security`.
         device : {"auto", "cpu", "gpu"}
             What the workers compute on.
         n_workers : int, optional
@@ -107,6 +108,8 @@ class Pipeline:
             If weights are missing.
         CatalogError
             If the accounting does not add up.
+        ClusterError
+            If the given cluster cannot be used: see :mod:`imgcurate.preflight`.
         """
         plan = self.plan()
         folder = output_dir or (plan.writer.output_dir if plan.writer else None)
@@ -114,18 +117,10 @@ class Pipeline:
             raise ConfigError("no output folder: name it in run(output_dir) or ImageWriterStage(output_dir)")
         folder = str(Path(local_path(folder)).absolute()) if is_local(folder) else folder
         run = Run(plan, self._described, ShardOrigin(plan, folder), folder, progress)
-        with contextlib.ExitStack() as stack:
-            if client is None and scheduler is None:
-                run.device = get_backend(device).name
-                if (finished := run.finished(overwrite=overwrite, resume=resume)) is not None:
-                    return finished
-                tasks_per_gpu = max(1, round(1 / plan.reader.num_gpus_per_worker))
-                local = open_client(device=run.device, n_workers=n_workers, tasks_per_gpu=tasks_per_gpu)
-                run.client = stack.enter_context(local)
-            else:
-                run.client = client or stack.enter_context(open_client(scheduler=scheduler))
-                run.device = cluster_device(run.client, device)
-            return run.execute(overwrite=overwrite, resume=resume)
+        return run.start(
+            client=client, scheduler=scheduler, security=security, device=device, n_workers=n_workers,
+            overwrite=overwrite, resume=resume,
+        )  # fmt: skip
 
     def _described(self) -> list[dict[str, Any]]:
         """Return all that decides the results of the stages, as plain data; looks for the weights."""

@@ -13,7 +13,7 @@ from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Stage, c
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage
 
-__all__ = ["Phase", "Plan", "make_plan"]
+__all__ = ["Phase", "Plan", "make_phases", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,14 @@ def make_plan(stages: Sequence[Stage]) -> Plan:
     if rest and isinstance(rest[-1], ImageWriterStage):
         writer, rest = rest[-1], rest[:-1]
     types = _check_columns(reader, [*rest, *([writer] if writer else [])])
+    return Plan(source, reader, make_phases(rest), writer, types)
+
+
+def make_phases(stages: Sequence[Stage]) -> tuple[Phase, ...]:
+    """Divide per-batch stages and those that need the whole data set into phases; the first one reads."""
     phases: list[Phase] = []
     fused: list[Stage] = []
-    for stage in rest:
+    for stage in stages:
         if isinstance(stage, DatasetStage):
             if fused or not phases:
                 phases.append(_batch_phase(len(phases), fused))
@@ -100,7 +105,7 @@ def make_plan(stages: Sequence[Stage]) -> Plan:
             fused.append(stage)
     if fused or not phases:
         phases.append(_batch_phase(len(phases), fused))
-    return Plan(source, reader, tuple(phases), writer, types)
+    return tuple(phases)
 
 
 def _batch_phase(number: int, stages: Sequence[Stage]) -> Phase:

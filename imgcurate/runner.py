@@ -16,16 +16,19 @@ import dask.dataframe as dd
 import pandas as pd
 import pyarrow as pa
 from distributed import Client
+from distributed.security import Security
 
 from imgcurate import schema
-from imgcurate.backend import Backend
+from imgcurate.backend import Backend, get_backend
 from imgcurate.catalog import Catalog, Manifest, fingerprint, part_name
+from imgcurate.cluster import cluster_device, open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
 from imgcurate.execution import RESULT_META, Progress, call_frame, number_frame, result_frame, run_waves
 from imgcurate.export import OutputShard, describe_shard, kept_counts, plan_shards, shard_name, write_shard
 from imgcurate.origins import Origin
 from imgcurate.outputs import find_run, open_run
 from imgcurate.plan import Phase, Plan
+from imgcurate.preflight import check_storage, check_versions
 from imgcurate.results import Result
 from imgcurate.stages.base import DatasetStage, columns_added
 from imgcurate.stages.executor import apply_stages
@@ -44,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One execution of a plan on a cluster; ``client`` and ``device`` are set before it is executed.
+    """One execution of a plan on a cluster.
 
     Parameters
     ----------
@@ -72,20 +75,43 @@ class Run:
         self.timings_s: dict[str, float] = {}
         origin.arrange(Manifest.load(folder))
 
-    def finished(self, *, overwrite: bool, resume: bool = False) -> Result | None:
-        """Return the result of the same run if it is done already; refuse another one's folder.
+    def start(
+        self,
+        *,
+        client: Client | None,
+        scheduler: str | None,
+        security: Security | None,
+        device: str,
+        n_workers: int | None,
+        overwrite: bool,
+        resume: bool,
+    ) -> Result:
+        """Do what is missing of the run on a cluster, and return its result; see :meth:`Pipeline.run`."""
+        with contextlib.ExitStack() as stack:
+            if client is None and scheduler is None:
+                self.device = get_backend(device).name
+                if (finished := self._finished(overwrite=overwrite, resume=resume)) is not None:
+                    return finished
+                tasks_per_gpu = max(1, round(1 / self.plan.reader.num_gpus_per_worker))
+                local = open_client(device=self.device, n_workers=n_workers, tasks_per_gpu=tasks_per_gpu)
+                self.client = stack.enter_context(local)
+            else:
+                self.client = client or stack.enter_context(open_client(scheduler=scheduler, security=security))
+                check_versions(self.client)
+                self.device = cluster_device(self.client, device)
+                if (finished := self._finished(overwrite=overwrite, resume=resume)) is not None:
+                    return finished
+                check_storage(self.client, self.folder, self.origin.first, self.origin.options)
+            return self._start(overwrite=overwrite, resume=resume)
 
-        Needs no cluster.
-        """
+    def _finished(self, *, overwrite: bool, resume: bool) -> Result | None:
+        """Return the result of the same run if it is done already; refuse another one's folder."""
         manifest = find_run(self.folder, self._config, work=_WORK, overwrite=overwrite, resume=resume, grows=True)
         if manifest is None or manifest.state != "done" or manifest.fingerprint != fingerprint(self._config):
             return None
         return self._result(manifest)
 
-    def execute(self, *, overwrite: bool, resume: bool = False) -> Result:
-        """Do what is missing of the run, and return its result; see :meth:`Pipeline.run`."""
-        # What is wrong with inputs or weights is said before a folder is made.
-        _ = self._config
+    def _start(self, *, overwrite: bool, resume: bool) -> Result:
         make_folder(self.folder)
         with exclusive(self.folder):
             manifest = open_run(

@@ -56,6 +56,7 @@ __all__ = [
     "STATUS_DECODER_CRASH",
     "STATUS_DECODE_ERROR",
     "STATUS_DUPLICATE",
+    "STATUS_FAILED",
     "STATUS_NO_IMAGE",
     "STATUS_NSFW",
     "STATUS_OK",
@@ -118,6 +119,7 @@ STATUS_DECODE_ERROR: Final = "decode_error"
 STATUS_QUALITY: Final = "quality"
 STATUS_DECODER_CRASH: Final = "decoder_crash"
 STATUS_TOO_SMALL: Final = "too_small"
+STATUS_FAILED: Final = "failed"
 STATUS_AESTHETIC: Final = "aesthetic"
 STATUS_NSFW: Final = "nsfw"
 STATUS_DUPLICATE: Final = "duplicate"

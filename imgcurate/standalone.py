@@ -24,6 +24,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import Client
+from distributed.security import Security
 
 from imgcurate import schema
 from imgcurate.backend import get_backend
@@ -36,6 +37,7 @@ from imgcurate.dedup.vector_files import VectorFiles, find_vectors
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, InputError
 from imgcurate.execution import Progress
 from imgcurate.outputs import find_run, open_run
+from imgcurate.preflight import check_storage, check_versions
 from imgcurate.stages.dedup_frames import client_runner
 from imgcurate.stages.deduplication import save_summary
 from imgcurate.storage import (
@@ -98,6 +100,7 @@ def dedup_embeddings(
     storage_options: StorageOptions | None = None,
     client: Client | None = None,
     scheduler: str | None = None,
+    security: Security | None = None,
     device: str = "auto",
     n_workers: int | None = None,
     overwrite: bool = False,
@@ -122,7 +125,7 @@ def dedup_embeddings(
         holds the row of ``duplicate_of``, and is null where that is a row of `inputs`.
     storage_options : mapping, optional
         Passed to fsspec for the inputs.
-    client, scheduler, device, n_workers, overwrite, progress
+    client, scheduler, security, device, n_workers, overwrite, progress
         As in :meth:`Pipeline.run`.
     **parameters
         As in :class:`imgcurate.dedup.DedupConfig`. Ties go to the row that is first in the files, in the
@@ -139,6 +142,8 @@ def dedup_embeddings(
         If a parameter is wrong, or `output_dir` holds something else.
     InputError
         If an input does not exist, or cannot be read: the message names file and row.
+    ClusterError
+        If the given cluster cannot be used: see :mod:`imgcurate.preflight`.
 
     Notes
     -----
@@ -163,8 +168,12 @@ def dedup_embeddings(
                 return finished
             client = stack.enter_context(open_client(device=run.device, n_workers=n_workers))
         else:
-            client = client or stack.enter_context(open_client(scheduler=scheduler))
+            client = client or stack.enter_context(open_client(scheduler=scheduler, security=security))
+            check_versions(client)
             run.device = cluster_device(client, device)
+            if (finished := run.finished(overwrite=overwrite)) is not None:
+                return finished
+            check_storage(client, folder, files.parts[0].url if files.parts else None, storage_options)
         return run.execute(client_runner(client, progress), overwrite=overwrite)
 
 

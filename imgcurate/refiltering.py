@@ -1,0 +1,314 @@
+"""Decide a finished run anew from its catalog: other thresholds, other duplicates, no image decoded.
+
+The catalog holds the measures and embeddings of every image that decoded, also of those that left. So the
+rules of the per-batch stages are applied to its columns, the stages that need the whole data set run as
+ever, and the kept samples are copied from the same inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import dask.dataframe as dd
+import pyarrow as pa
+import pyarrow.compute as pc
+from distributed import Client
+from distributed.security import Security
+
+from imgcurate import schema
+from imgcurate.backend import get_backend
+from imgcurate.batches import ImageBatch
+from imgcurate.catalog import Catalog, Manifest, undecided
+from imgcurate.errors import ConfigError, InputError, nearest
+from imgcurate.execution import Progress
+from imgcurate.inputs import describe_shards, find_shards
+from imgcurate.origins import Origin
+from imgcurate.plan import Plan, make_phases
+from imgcurate.results import Result
+from imgcurate.runner import Run
+from imgcurate.shards import Shard
+from imgcurate.sidecars import Sidecars
+from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, columns_added, stage_config
+from imgcurate.stages.executor import apply_stages
+from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
+from imgcurate.stages.registry import find_stage, make_stage
+from imgcurate.stages.writer import ImageWriterStage
+from imgcurate.storage import StorageOptions, is_local, local_path
+
+__all__ = ["refilter"]
+
+Changes = Mapping[str, Mapping[str, Any] | None]
+_READS: Final = (FilePartitioningStage.__name__, ImageReaderStage.__name__)
+_THRESHOLDS: Final = frozenset({"score_threshold", "ranges"})
+# What a sample is before any stage looks at it.
+_NOT_DECIDED: Final = frozenset(
+    {
+        schema.STATUS_OK, schema.STATUS_TAR_ERROR, schema.STATUS_NO_IMAGE, schema.STATUS_READ_ERROR,
+        schema.STATUS_DECODE_ERROR, schema.STATUS_DECODER_CRASH, schema.STATUS_TOO_SMALL, schema.STATUS_FAILED,
+        schema.STATUS_DUPLICATE,
+    }
+)  # fmt: skip
+
+
+def refilter(
+    run: str,
+    output_dir: str,
+    changes: Changes | None = None,
+    *,
+    storage_options: StorageOptions | None = None,
+    client: Client | None = None,
+    scheduler: str | None = None,
+    security: Security | None = None,
+    device: str = "auto",
+    n_workers: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Decide a finished run anew, and write the shards of what is kept now into another folder.
+
+    Parameters
+    ----------
+    run : str
+        Output folder of a finished run; it is read only.
+    output_dir : str
+        Folder for the new one.
+    changes : mapping of str to mapping or None
+        By the name of a stage, the parameters that change: ``{"ImageAestheticFilterStage":
+        {"score_threshold": 0.55}, "SemanticDedupStage": {"eps": 0.03}}``. None leaves the stage out. Of
+        stages that look at images thresholds can change (``score_threshold``, ``ranges``), of deduplication
+        and ``ImageWriterStage`` everything. A deduplication that the run did not have is added at its end.
+    storage_options : mapping, optional
+        Passed to fsspec for the inputs of the run.
+    client, scheduler, security, device, n_workers, overwrite, resume, progress
+        As in :meth:`Pipeline.run`.
+
+    Returns
+    -------
+    Result
+        Counts, the catalog, the shards.
+
+    Raises
+    ------
+    InputError
+        If `run` is no finished run, or one of its inputs is gone or has changed.
+    ConfigError
+        If a stage or parameter is unknown or cannot be changed without decoding, or a column is missing.
+
+    Notes
+    -----
+    The result is that of a run with these parameters from the beginning: ``min_size``, ``max_pixels`` and the
+    like, which decide what is decoded, stay as they were. Samples that a stage of one's own dropped in its
+    ``process()``, not by rules, cannot be decided anew: such a run is refused.
+    """
+    run, output_dir = (str(Path(local_path(f)).absolute()) if is_local(f) else f for f in (run, output_dir))
+    if f"{output_dir.rstrip('/')}/".startswith(f"{run.rstrip('/')}/") or run.startswith(f"{output_dir.rstrip('/')}/"):
+        raise ConfigError(f"{output_dir} and {run} are one in the other: name another output folder")
+    manifest = Manifest.load(run)
+    if manifest is None or manifest.state != "done" or "stages" not in manifest.config:
+        raise InputError(f"{run} is not the output folder of a finished run")
+    recorded = [_Recorded.of(i, entry) for i, entry in enumerate(manifest.config["stages"])]
+    decided = _changed(recorded, changes or {}, run)
+    origin = _CatalogOrigin(run, manifest, recorded, storage_options)
+    plan = _plan(decided, origin, run)
+    execution = Run(plan, lambda: [r.config for r in decided], origin, output_dir, progress)
+    return execution.start(
+        client=client, scheduler=scheduler, security=security, device=device, n_workers=n_workers,
+        overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+
+
+class _Rules(ProcessingStage):
+    """The rules of a stage, on columns that are there."""
+
+    name: ClassVar[str] = "rules"
+
+    def __init__(self, name: str, rules: Sequence[Rule]) -> None:
+        self.name = name  # type: ignore[misc]
+        self.rules = tuple(rules)
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        return batch
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A stage as a manifest tells it.
+
+    Attributes
+    ----------
+    name : str
+        Class name, or import path of a stage of one's own.
+    config : dict
+        Its entry in the manifest.
+    stage : Stage or None
+        What decides now; None for stages that read, and those that decide nothing.
+    """
+
+    name: str
+    config: dict[str, Any]
+    stage: Stage | None
+
+    @staticmethod
+    def of(number: int, config: dict[str, Any]) -> _Recorded:
+        name = config["stage"]
+        if name in _READS:
+            return _Recorded(name, config, None)
+        if "." in name and "rules" in config:
+            # A per-batch stage of one's own: its rules are there, its code is not needed.
+            return _Recorded(name, config, _Rules(name, [Rule(**rule) for rule in config["rules"]]))
+        return _Recorded(name, config, make_stage(f"stages[{number}] of the run:", name, {}, others=config))
+
+    def changed(self, params: Mapping[str, Any]) -> _Recorded:
+        """Return the stage with other parameters."""
+        if isinstance(self.stage, _Rules) or self.stage is None:
+            raise ConfigError(f"{self.name}: its parameters decide what is decoded or computed, so they cannot change")
+        if isinstance(self.stage, ProcessingStage) and (fixed := sorted(set(params) - _THRESHOLDS)):
+            raise ConfigError(
+                f"{self.name}: {fixed[0]!r} cannot change without decoding the images again; what can is "
+                f"{' and '.join(sorted(_THRESHOLDS & set(self.config))) or 'nothing'}"
+            )
+        stage = make_stage("refilter:", self.name, params, others=self.config)
+        # No model is looked for: its checksum is that of the run.
+        identity = stage.fingerprint() if isinstance(stage, DatasetStage) else {}
+        return _Recorded(self.name, {**self.config, **stage_config(stage), **identity}, stage)
+
+
+def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[_Recorded]:
+    """Return the stages of a run as they are asked for now."""
+    names = [r.name for r in recorded]
+    out = []
+    for stage in recorded:
+        params = changes.get(stage.name, {})
+        if params is not None:
+            out.append(stage.changed(params) if params else stage)
+    for name, params in changes.items():
+        if name in names or params is None:
+            continue
+        if not issubclass(find_stage("refilter", name), DatasetStage):
+            raise ConfigError(f"{run} was made without {name}{nearest(name, names)}")
+        added = make_stage("refilter:", name, params)
+        last = len(out) - 1 if out and isinstance(out[-1].stage, ImageWriterStage) else len(out)
+        at = len(out) if isinstance(added, ImageWriterStage) else last
+        out.insert(at, _Recorded(name, {**stage_config(added), **added.fingerprint()}, added))
+    return out
+
+
+def _plan(decided: Sequence[_Recorded], origin: _CatalogOrigin, run: str) -> Plan:
+    stages = [r.stage for r in decided if r.stage is not None]
+    last = stages[-1] if stages else None
+    writer = last if isinstance(last, ImageWriterStage) else None
+    stages = stages if writer is None else stages[:-1]
+    deciding: list[Stage] = []
+    types = dict(origin.types)
+    for stage in stages:
+        if isinstance(stage, ProcessingStage):
+            deciding.append(_Rules(stage.name, stage.rules))
+            needs = [rule.column for rule in stage.rules]
+        else:
+            deciding.append(stage)
+            needs = list(stage.needs)
+        if missing := [c for c in needs if c not in types]:
+            raise ConfigError(
+                f"{stage.name} needs the column {missing[0]!r}, which {run} does not have: it takes a run that decodes"
+            )
+        types |= columns_added(stage) if isinstance(stage, DatasetStage) else {}
+    return Plan(FilePartitioningStage(""), ImageReaderStage(), make_phases(deciding), writer, types)
+
+
+class _CatalogOrigin(Origin):
+    """The catalog of a finished run, before any rule was applied."""
+
+    def __init__(
+        self, folder: str, manifest: Manifest, recorded: Sequence[_Recorded], options: StorageOptions | None
+    ) -> None:
+        self.folder, self.manifest, self.options = folder, manifest, options
+        self.catalog = Catalog(folder, manifest.n_parts)
+        later = {c for r in recorded if isinstance(r.stage, DatasetStage) for c in columns_added(r.stage)}
+        self.types = {f.name: f.type for f in self.catalog.schema if f.name not in later | {schema.PHASE}}
+        rules = [rule for r in recorded if isinstance(r.stage, ProcessingStage) for rule in r.stage.rules]
+        self._by_rule = frozenset(rule.status for rule in rules)
+        later_names = {r.stage.name for r in recorded if isinstance(r.stage, DatasetStage)}
+        if unknown := sorted(set(manifest.counts) - self._by_rule - _NOT_DECIDED - later_names):
+            raise ConfigError(_by_code(unknown[0], f"{manifest.counts[unknown[0]]:,} samples", folder))
+        for before, now in zip(manifest.config["inputs"], self.inputs_now(), strict=True):
+            if before != now:
+                raise InputError(f"{before['url']} is gone or has changed since {folder} was made of it")
+
+    @property
+    def first(self) -> Shard | str | None:
+        inputs = self.manifest.config["inputs"]
+        return str(inputs[0]["url"]) if inputs and "nbytes" in inputs[0] else None
+
+    @property
+    def n_parts(self) -> int:
+        return self.manifest.n_parts
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        config = self.manifest.config
+        return {
+            "sidecars": config.get("sidecars", []), "inputs": config["inputs"], "refilter": self.manifest.fingerprint,
+        }  # fmt: skip
+
+    @property
+    def increments(self) -> list[int]:
+        return self.manifest.increments
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {**self.manifest.source, "refilter": self.folder}
+
+    def arrange(self, manifest: Manifest | None) -> None:
+        """Do nothing: the run that is decided anew has numbered its inputs."""
+
+    def inputs_now(self) -> list[dict[str, Any]]:
+        """Describe the inputs as they are now; one that is gone has a URL and nothing else."""
+        config = self.manifest.config
+        sidecars = Sidecars(tuple((s, n, pa.null()) for s, n, _ in config.get("sidecars", [])))
+        urls = [i["url"] for i in config["inputs"] if "nbytes" in i]
+        folders = sorted({i["url"] for i in config["inputs"] if "nbytes" not in i})
+        try:
+            shards = [Shard(url) for url in urls] + (find_shards(folders, self.options) if folders else [])
+            described = describe_shards(shards, self.options, sidecars)
+        except InputError:
+            described = []
+        there = {json.dumps(d, sort_keys=True, default=str) for d in described}
+        return [
+            i if json.dumps(i, sort_keys=True) in there else {"url": i["url"], "is": "gone or changed"}
+            for i in config["inputs"]
+        ]
+
+    def frame(
+        self, numbers: Sequence[int], stages: Sequence[ProcessingStage], catalog: Catalog, device: str
+    ) -> dd.DataFrame:
+        """Return the rows of some parts with the rules of the first phase applied."""
+        del catalog
+        out = schema.arrow_schema(self.types, self.types)
+        backend = get_backend(device)
+        ddf = dd.from_map(
+            _read_part, list(numbers), catalog=self.catalog, names=out.names, by_rule=self._by_rule,
+            device=backend.name, meta=backend.meta(out), enforce_metadata=False, label="read-catalog",
+        )  # fmt: skip
+        return apply_stages(ddf, stages, device=device) if stages else ddf
+
+
+def _by_code(status: str, samples: str, folder: str) -> str:
+    return (
+        f"{samples} of {folder} were dropped as {status!r} by the code of a stage, not by a rule on a column: "
+        "that cannot be decided anew without the images"
+    )
+
+
+def _read_part(number: int, catalog: Catalog, names: Sequence[str], by_rule: frozenset[str], device: str) -> Any:
+    table = undecided(catalog.read(number)).select(list(names))
+    ruled = pc.is_in(table[schema.STATUS], value_set=pa.array(sorted(by_rule), pa.string()))
+    for name, value in ((schema.STATUS, schema.STATUS_OK), (schema.REASON, "")):
+        table = table.set_column(names.index(name), name, pc.if_else(ruled, value, table[name]))
+    if unknown := sorted(set(table[schema.STATUS].unique().to_pylist()) - _NOT_DECIDED):
+        raise ConfigError(_by_code(unknown[0], "samples", catalog.folder))
+    return get_backend(device).frame_from_arrow(table)

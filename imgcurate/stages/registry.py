@@ -1,0 +1,99 @@
+"""Stages by name: those of imgcurate, and by their import path those of one's own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, Final
+
+from imgcurate.errors import ConfigError, nearest
+from imgcurate.stages.aesthetic import ImageAestheticFilterStage
+from imgcurate.stages.base import Stage
+from imgcurate.stages.deduplication import SemanticDedupStage
+from imgcurate.stages.embedding import ImageEmbeddingStage
+from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage
+from imgcurate.stages.nsfw import ImageNSFWFilterStage
+from imgcurate.stages.quality import ImageQualityFilterStage
+from imgcurate.stages.reading import ImageReaderStage
+from imgcurate.stages.writer import ImageWriterStage
+
+__all__ = ["STAGES", "find_stage", "make_stage"]
+
+STAGES: Final[Mapping[str, type[Stage]]] = {
+    stage.__name__: stage
+    for stage in (
+        ImageReaderStage,
+        ImageQualityFilterStage,
+        ImageEmbeddingStage,
+        ImageAestheticFilterStage,
+        ImageNSFWFilterStage,
+        ExactDedupStage,
+        PerceptualDedupStage,
+        SemanticDedupStage,
+        ImageWriterStage,
+    )
+}
+
+
+def find_stage(place: str, name: str) -> type[Stage]:
+    """Return the class of a stage.
+
+    Parameters
+    ----------
+    place : str
+        Where the name stands, for errors.
+    name : str
+        One of :data:`STAGES`, or an import path such as ``mypackage.stages.MyStage``.
+
+    Raises
+    ------
+    ConfigError
+        If there is none; the message names the nearest that there is.
+    """
+    if name in STAGES:
+        return STAGES[name]
+    if "." not in name:
+        raise ConfigError(f"{place}: unknown stage {name!r}{nearest(name, STAGES)}")
+    module, _, attribute = name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as exc:
+        raise ConfigError(f"{place}: cannot import {name}: {type(exc).__name__}: {exc}") from exc
+    if not (isinstance(kind, type) and issubclass(kind, Stage)):
+        raise ConfigError(f"{place}: {name} is not a subclass of ProcessingStage or DatasetStage")
+    return kind
+
+
+def make_stage(place: str, name: str, params: Mapping[str, Any], *, others: Mapping[str, Any] | None = None) -> Stage:
+    """Make a stage of its name and parameters.
+
+    Parameters
+    ----------
+    place, name
+        As in :func:`find_stage`.
+    params : mapping
+        Parameters by name; one that the stage does not have is an error.
+    others : mapping, optional
+        Further ones, such as those of a manifest, which tell more than parameters: what the stage does not
+        have is left out, and `params` come first.
+
+    Raises
+    ------
+    ConfigError
+        If the stage or a parameter is unknown or wrong.
+    """
+    kind = find_stage(place, name)
+    known = inspect.signature(kind).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for key in params:
+        if key not in known and not takes_any:
+            raise ConfigError(f"{place} {name} has no parameter {key!r}{nearest(key, known)}")
+    given = {**{k: v for k, v in (others or {}).items() if k in known}, **params}
+    try:
+        return kind(**given)
+    except ConfigError as exc:
+        raise type(exc)(f"{place} {name}: {exc}") from exc
+    except Exception as exc:
+        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ConfigError(f"{place} {name}({shown}): {exc}") from exc

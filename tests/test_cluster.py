@@ -1,0 +1,147 @@
+"""Running schedulers: how they are named, and TLS between processes with real certificates."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dask
+import pytest
+from clusters import Daemons, make_certificates
+from clusters import tls_options as options
+from typer.testing import CliRunner
+
+from imgcurate.cli import app
+from imgcurate.cluster import open_client, tls_security
+from imgcurate.errors import ClusterError, ConfigError
+
+Start = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_certificates(tmp_path_factory.mktemp("tls") / "ours")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Return a function that starts ``dask scheduler`` or ``dask worker``, see :class:`clusters.Daemons`."""
+    with Daemons(tmp_path_factory.mktemp("daemons")) as daemons:
+        yield daemons.start
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def tls_scheduler(tls: dict[str, str], start: Start) -> str:
+    """Return the address of a scheduler with a worker that speak TLS."""
+    address = start(
+        "scheduler", "--host", "127.0.0.1", "--port", "0", "--protocol", "tls", *options(tls),
+        says=r"Scheduler at: +(tls://\S+)",
+    )  # fmt: skip
+    start("worker", address, "--nthreads", "1", *options(tls), says=r"Registered to: +(\S+)")
+    return address
+
+
+@pytest.fixture(scope="module")
+def tcp_scheduler(start: Start) -> str:
+    return start("scheduler", "--host", "127.0.0.1", "--port", "0", says=r"Scheduler at: +(tcp://\S+)")
+
+
+def refused(address: str, security=None) -> str:
+    """Return why a client cannot connect; it is said in time."""
+    begin = time.monotonic()
+    with pytest.raises(ClusterError) as error, open_client(scheduler=address, security=security):
+        pass
+    assert time.monotonic() - begin < 20
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_run_on_a_tls_cluster(tls_scheduler: str, tls: dict[str, str], shards: Path, tmp_path: Path) -> None:
+    curate = ["curate", str(shards / "*.tar"), "--encoder", "tiny-image", "-q"]
+    result = CliRunner().invoke(app, [*curate, "-o", str(tmp_path / "A"), "--scheduler", tls_scheduler, *options(tls)])
+    assert result.exit_code == 0, result.output
+    assert "72 samples in = 60 kept + 12 duplicate" in result.output
+
+
+def test_dasks_own_configuration_gives_the_certificates(tls_scheduler: str, tls: dict[str, str]) -> None:
+    names = {"ca-file": tls["ca_file"], "client.cert": tls["cert"], "client.key": tls["key"]}
+    with (
+        dask.config.set({f"distributed.comm.tls.{k}": v for k, v in names.items()}),
+        open_client(scheduler=tls_scheduler) as client,
+    ):
+        assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
+
+
+def test_a_plain_client_at_a_tls_scheduler(tls_scheduler: str) -> None:
+    assert "tls://" in refused(tls_scheduler.replace("tls://", "tcp://"))
+    assert "needs certificates: --tls-ca-file" in refused(tls_scheduler)
+
+
+def test_a_tls_client_at_a_plain_scheduler(tcp_scheduler: str, tls: dict[str, str]) -> None:
+    security = tls_security(**tls)
+    assert "speak TLS" in refused(tcp_scheduler.replace("tcp://", "tls://"), security)
+    assert "not one of tls://" in refused(tcp_scheduler, security)
+
+
+def test_a_certificate_of_another_ca(tls_scheduler: str, tls: dict[str, str], tmp_path: Path) -> None:
+    other = make_certificates(tmp_path / "other")
+    assert "not signed by the CA" in refused(tls_scheduler, tls_security(**other))
+    # The right CA for the scheduler, but a certificate that the scheduler's CA did not sign.
+    mixed = tls_security(tls["ca_file"], other["cert"], other["key"])
+    assert "no Dask scheduler can be used" in refused(tls_scheduler, mixed)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("foo://host:1", "unknown address scheme 'foo'"),
+        ("host", "missing port number"),
+        ("tcp://127.0.0.1:{port}", "Connection refused"),
+    ],
+)
+def test_addresses_where_no_scheduler_is(address: str, message: str) -> None:
+    assert message in refused(address.format(port=free_port()))
+
+
+def test_a_server_that_never_answers(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert "no Dask scheduler" in refused(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"address": '])
+def test_a_scheduler_file_that_is_none(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "scheduler.json"
+    path.write_text(content)
+    assert "is not the file of a Dask scheduler" in refused(str(path))
+
+
+def test_tls_files_are_checked(tls: dict[str, str], tmp_path: Path) -> None:
+    assert tls_security(None, None, None) is None
+    with pytest.raises(ConfigError, match="no key is named"):
+        tls_security(tls["ca_file"], tls["cert"], None)
+    with pytest.raises(ConfigError, match="there is no TLS CA file nowhere.pem"):
+        tls_security("nowhere.pem", tls["cert"], tls["key"])
+    other = make_certificates(tmp_path / "other")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        tls_security(tls["ca_file"], tls["cert"], other["key"])
+    (tmp_path / "text.pem").write_text("no certificate")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        tls_security(str(tmp_path / "text.pem"), tls["cert"], tls["key"])
+
+
+@pytest.mark.parametrize("command", ["curate", "run", "dedup"])
+def test_tls_options_need_a_scheduler(command: str, tls: dict[str, str], shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(f"inputs: {shards}/*.tar\nstages: [ImageReaderStage]\n")
+    given = {"curate": f"{shards}/*.tar", "run": str(tmp_path / "p.yaml"), "dedup": str(tmp_path)}[command]
+    arguments = [command, given, "-o", str(tmp_path / "OUT"), *options(tls)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert "go with --scheduler" in str(result.exception)
