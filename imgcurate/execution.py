@@ -210,7 +210,8 @@ class _Waves:
         self._fetches: Counter[int] = Counter()
         self._results: dict[int, dict[str, Any]] = {}
         self._suspects: dict[int, BaseException] = {}
-        self._failed: dict[int, BaseException] = {}
+        self._failed: dict[int, str] = {}
+        self._first: BaseException | None = None
         self._in_a_row = self._total = 0
         self.allow(0, None)
 
@@ -327,19 +328,21 @@ class _Waves:
         if self._progress:
             self._progress(self._phase, len(self._results), self._total, result)
 
-    def _fail(self, number: int, error: BaseException) -> None:
+    def _fail(self, number: int, error: BaseException, note: str = "") -> None:
         """Take note of a partition that failed for good; end the run if that is a fault of a stage or of parameters."""
         if not may_pass(error) and self._max_failed == 0:
             raise error
-        self._failed[number] = error
+        self._first = self._first or error
+        self._failed[number] = _reason(error) + note
         if self._report is not None:
-            self._report[number] = _reason(error)
+            self._report[number] = self._failed[number]
         if not may_pass(error) and len(self._failed) > self._max_failed:
             raise self._error(complete=False)
 
     def _give_up_suspects(self) -> None:
+        """Count the suspects that are left as failed: so many others failed alone that these would as well."""
         for number, error in self._suspects.items():
-            self._fail(number, error)
+            self._fail(number, error, " (not tried alone)")
         self._suspects.clear()
 
     def _drain(self) -> None:
@@ -383,16 +386,16 @@ class _Waves:
 
     def _error(self, *, complete: bool = True) -> BaseException:
         """Return the error of a run in which more partitions failed than may."""
-        first = next(iter(self._failed.values()))
+        error: ClusterError
         if self._report is not None:
-            reasons = {number: _reason(error) for number, error in self._failed.items()}
-            error: ClusterError = PartitionsError(self._phase, reasons, self._total, complete=complete)
-        elif isinstance(first, KilledWorker):
+            error = PartitionsError(self._phase, self._failed, self._total, complete)
+        elif isinstance(self._first, KilledWorker):
             error = ClusterError(
                 f"{self._phase}: a partition killed its worker again and again (out of memory, or a crash in a model "
                 "or stage); what was finished is kept: run again to go on, with fewer workers or files per partition"
             )
         else:
-            return first
-        error.__cause__ = first
+            assert self._first is not None  # noqa: S101 - set with the first that failed
+            return self._first
+        error.__cause__ = self._first
         return error

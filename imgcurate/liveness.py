@@ -86,8 +86,8 @@ class Liveness:
 
     def lost(self, error: BaseException | None = None) -> ClusterError:
         """Return the error for futures that were cancelled, or a client that is not connected any more."""
-        reason = error.reason if isinstance(error, FutureCancelledError) else ""
-        if self._client.status == "running" and reason not in ("", "unknown", "scheduler-connection-lost"):
+        reason = error.reason if isinstance(error, FutureCancelledError) else "scheduler-connection-lost"
+        if self._client.status == "running" and reason != "scheduler-connection-lost":
             return ClusterError(
                 f"{self._phase}: the scheduler at {self._address} cancelled the work ({reason}); {_KEPT}: "
                 "run again to go on"

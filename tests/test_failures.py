@@ -19,7 +19,7 @@ from typing import Any
 import dask
 import pytest
 import torch
-from distributed import Client, LocalCluster, Status
+from distributed import Client, Future, LocalCluster, Status
 
 from imgcurate import liveness
 from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, PartitionsError
@@ -228,6 +228,7 @@ def test_a_storage_that_is_gone_ends_the_run_before_all_was_tried(client: Client
         run_waves(client, build(fail, folder=str(tmp_path), bad=bad), range(200), phase="work", failed=failed)
     assert len(runs(tmp_path)) < 200
     assert set(failed) == set(runs(tmp_path)) - set(range(30))
+    assert Counter(failed.values()) == {"OSError: gone": 3, "OSError: gone (not tried alone)": len(failed) - 3}
     assert sum(n > 1 for n in runs(tmp_path).values()) == 3
     assert max(runs(tmp_path).values()) == 3
 
@@ -350,6 +351,25 @@ def test_workers_that_are_paused_and_idle_are_an_error(monkeypatch: pytest.Monke
         client.run(pause)
         with pytest.raises(ClusterError, match=r"no worker at .* has taken up work for 2 s.* \(status paused\)"):
             run_waves(client, build(sleep, seconds=0), range(3), phase="work")
+
+
+def test_work_that_someone_else_cancels_is_an_error(client: Client) -> None:
+    def cancel() -> None:
+        client.cancel([Future(key, client) for key in list(client.futures)], force=True)
+
+    with pytest.raises(ClusterError, match=r"^work: the scheduler at .* cancelled the work \(unknown\); .*: run again"):
+        run_waves(client, build(sleep, seconds=1), range(N), phase="work", progress=after_the_first(cancel))
+
+
+def test_a_cluster_that_is_restarted_is_an_error() -> None:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as other,
+        pytest.raises(ClusterError, match=r"cancelled the work \(scheduler-restart\)"),
+    ):
+        restart = after_the_first(lambda: other.restart(wait_for_workers=False))
+        run_waves(client, build(sleep, seconds=1), range(N), phase="work", progress=restart)
 
 
 def test_a_scheduler_that_fails_tasks_without_workers_is_an_error() -> None:
