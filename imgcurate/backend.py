@@ -17,6 +17,7 @@ Only this module and :mod:`imgcurate.cluster` import cudf, cupy, cuml or dask_cu
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -37,6 +38,7 @@ __all__ = [
     "array_from_list_column",
     "cpu_count",
     "get_backend",
+    "is_out_of_memory",
     "list_array",
     "why_no_gpu",
 ]
@@ -44,6 +46,8 @@ __all__ = [
 Device = Literal["auto", "cpu", "gpu"]
 DEVICES: Final = ("auto", "cpu", "gpu")
 _INIT_ROWS_PER_CLUSTER: Final = 8
+# torch's allocator on the CPU, cuBLAS and cuDNN have no exception of their own for this.
+_OUT_OF_MEMORY_TEXTS: Final = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 _GPU_LIBRARIES: Final = ("cudf", "cupy", "cuml")
 
 
@@ -122,6 +126,15 @@ class Backend:
         """Return the empty frame that Dask takes as ``meta`` for `schema_`."""
         meta = schema.make_meta(schema_)
         return self.frame_from_arrow(schema_.empty_table()) if self.is_gpu else meta
+
+    def free_memory(self) -> None:
+        """Give back what nobody uses any more: objects in cycles, and the blocks that torch and CuPy keep."""
+        gc.collect()
+        if self.is_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+            self.xp.get_default_memory_pool().free_all_blocks()
 
     def fit_kmeans(
         self,
@@ -290,6 +303,18 @@ def get_backend(device: str = "auto") -> Backend:
     if device == "gpu":
         raise DeviceError(f"device='gpu' is not usable here: {reason}. Use device='cpu' or 'auto'")
     return Backend("cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or what it was raised from, says that memory ran out; of any library."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(cause).__mro__):
+            return True
+        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in _OUT_OF_MEMORY_TEXTS):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def cpu_count() -> int:

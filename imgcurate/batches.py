@@ -6,19 +6,24 @@ pixels names the views that it needs, and one DALI graph makes all of them from 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 import torch
 
+from imgcurate.backend import Backend
 from imgcurate.errors import ConfigError
 from imgcurate.schema import STATUS_OK
 
 __all__ = ["ImageBatch", "PixelView"]
+
+Drop: TypeAlias = tuple[npt.NDArray[np.bool_] | torch.Tensor, Sequence[str] | str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,12 @@ class ImageBatch:
         Columns as tensors on the device, such as ``embedding`` of shape (n, d).
     device : str
         The torch device, ``cpu`` or ``cuda:0``.
+
+    Attributes
+    ----------
+    at_most : int or None
+        Set once a larger batch did not fit in memory: the most images to work on at once. A stage that pads its
+        batches to a fixed size should pad to no more than this.
     """
 
     def __init__(
@@ -81,10 +92,11 @@ class ImageBatch:
     ) -> None:
         self.rows = rows
         self.device = device
-        self.drops: list[tuple[npt.NDArray[np.bool_] | torch.Tensor, Sequence[str] | str, str | None]] = []
+        self.drops: list[Drop] = []
         self._images = dict(images or {})
         self._columns: dict[str, Any] = dict(columns or {})
         self.given = frozenset(self._columns)
+        self.at_most: int | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -161,3 +173,93 @@ class ImageBatch:
         if not isinstance(reason, str) and len(reason) != len(self.rows):
             raise ConfigError(f"there are {len(reason)} reasons for {len(self.rows)} samples")
         self.drops.append((mask, reason, status))
+
+    def part(self, start: int, stop: int) -> ImageBatch:
+        """Return some samples as a batch of their own: what is set, dropped or removed there is not so here.
+
+        Tensors are views, without a copy. The part begins without drops.
+
+        Parameters
+        ----------
+        start, stop : int
+            The samples from `start` up to and without `stop`.
+        """
+        whole = start == 0 and stop == len(self)
+        part = copy.copy(self)
+        part.rows = self.rows if whole else self.rows.iloc[start:stop]
+        part.drops = []
+        part._images = {view: v if whole else v[start:stop] for view, v in self._images.items()}
+        part._columns = {name: v if whole else _slice(v, start, stop) for name, v in self._columns.items()}
+        return part
+
+    def join(self, given: Sequence[ImageBatch], made: Sequence[ImageBatch]) -> ImageBatch:
+        """Return the batch as it is after a stage that worked on parts of it.
+
+        Parameters
+        ----------
+        given : sequence of ImageBatch
+            What :meth:`part` gave, in order, all samples once.
+        made : sequence of ImageBatch
+            What the stage made of a :meth:`part` of each of them.
+
+        Raises
+        ------
+        ConfigError
+            If a column is set in some of the parts and not in others.
+        """
+        joined = copy.copy(made[0])
+        names = {name for part in made for name in part._columns}
+        for name in names:
+            if not all(name in part._columns for part in made):
+                raise ConfigError(f"the column {name!r} was set for some images and not for others: set it for all")
+        kept = all(m.rows is g.rows for m, g in zip(made, given, strict=True))
+        joined.rows = self.rows if kept else pd.concat([part.rows for part in made])
+        joined._images = {
+            view: _joined(self._images.get(view), [g._images.get(view) for g in given], [m._images[view] for m in made])
+            for view in made[0]._images
+            if all(view in part._images for part in made)
+        }
+        joined._columns = {
+            name: _joined(self._columns.get(name), [g._columns.get(name) for g in given], [m[name] for m in made])
+            for name in made[0]._columns
+        }
+        joined.drops = _joined_drops(made)
+        return joined
+
+
+def _slice(values: Any, start: int, stop: int) -> Any:
+    return values.iloc[start:stop] if isinstance(values, pd.Series) else values[start:stop]
+
+
+def _joined(whole: Any, given: Sequence[Any], made: Sequence[Any]) -> Any:
+    """Return the values of all parts one after the other; those of the whole batch if no part changed them."""
+    # Parts of these are views, so that also what was changed in place is in the whole.
+    is_view = isinstance(whole, (torch.Tensor, np.ndarray, pa.Array, pa.ChunkedArray))
+    if is_view and all(m is g for m, g in zip(made, given, strict=True)):
+        return whole
+    if all(isinstance(v, torch.Tensor) for v in made):
+        return torch.cat(list(made))
+    if all(isinstance(v, pd.Series) for v in made):
+        return pd.concat(list(made))
+    if all(isinstance(v, (pa.Array, pa.ChunkedArray)) for v in made):
+        return pa.chunked_array([c for v in made for c in (v.chunks if isinstance(v, pa.ChunkedArray) else [v])])
+    if all(isinstance(v, (list, tuple)) for v in made):
+        return [value for v in made for value in v]
+    return np.concatenate([Backend("cpu").to_host(v) for v in made])
+
+
+def _joined_drops(parts: Sequence[ImageBatch]) -> list[Drop]:
+    """Return the drops of all parts as drops of the whole: of each sample in the order in which its part made them."""
+    n, starts = sum(map(len, parts)), np.cumsum([0, *map(len, parts)])
+    drops: list[Drop] = []
+    for k in range(max(len(part.drops) for part in parts)):
+        of_status: dict[str | None, tuple[npt.NDArray[np.bool_], list[str]]] = {}
+        for start, part in zip(starts, parts, strict=False):
+            if k < len(part.drops):
+                mask, reason, status = part.drops[k]
+                masks, reasons = of_status.setdefault(status, (np.zeros(n, dtype=bool), [""] * n))
+                here = slice(start, start + len(part))
+                masks[here] = Backend("cpu").to_host(mask)
+                reasons[here] = [reason] * len(part) if isinstance(reason, str) else list(reason)
+        drops += [(masks, reasons, status) for status, (masks, reasons) in of_status.items()]
+    return drops

@@ -11,6 +11,7 @@
     ├── WeightsError              model weights missing, damaged or out of reach
     ├── CatalogError              a run's record is damaged or belongs to another run
     └── ClusterError              Dask workers died or could not be reached
+        └── PartitionsError       partitions failed for good, more than may fail
 
 A bad *sample* never raises: it becomes a row whose ``status`` and ``reason`` say what was wrong.
 """
@@ -18,7 +19,7 @@ A bad *sample* never raises: it becomes a row whose ``status`` and ``reason`` sa
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "CatalogError",
@@ -28,6 +29,7 @@ __all__ = [
     "EncoderMismatchError",
     "ImgcurateError",
     "InputError",
+    "PartitionsError",
     "TarError",
     "WeightsError",
     "nearest",
@@ -95,6 +97,37 @@ class CatalogError(ImgcurateError):
 
 class ClusterError(ImgcurateError):
     """Dask workers that died or could not be reached."""
+
+
+class PartitionsError(ClusterError):
+    """Partitions that failed for good, more than were allowed to.
+
+    Parameters
+    ----------
+    phase : str
+        Which work failed.
+    failed : mapping of int to str
+        Partition number -> reason, at least one.
+    total : int
+        How many partitions were to be done.
+    complete : bool
+        Whether all that could be done was done; else there may be more.
+    """
+
+    def __init__(self, phase: str, failed: Mapping[int, str], total: int, complete: bool = True) -> None:
+        super().__init__(phase, failed, total, complete)
+        self.phase, self.failed, self.total, self.complete = phase, dict(failed), total, complete
+
+    def __str__(self) -> str:
+        """Say how many failed, which one first and why, and what can be done."""
+        number, reason = next(iter(self.failed.items()))
+        n = len(self.failed)
+        again = "to try just these again" if self.complete else "to go on"
+        most = f"with --max-failed {n}" if self.complete else "with a higher --max-failed"
+        return (
+            f"{self.phase}: {n} of {self.total} partitions failed, the first is partition {number}: {reason}; what was "
+            f"finished is kept: run again {again}, or {most} to go on without them"
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,26 +6,50 @@ every worker busy as well. What a task makes goes to files; only a line of JSON 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import dask.dataframe as dd
 import pandas as pd
 from distributed import Client, Future, as_completed, futures_of
+from distributed.client import ClosedClientError
+from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from imgcurate.errors import ClusterError
+from imgcurate.backend import is_out_of_memory
+from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, PartitionsError, printable
+from imgcurate.filesystems import StorageError
+from imgcurate.liveness import NO_WORKER_ERRORS, Liveness
 
-__all__ = ["RESULT_META", "Progress", "call_frame", "number_frame", "result_frame", "run_on_client", "run_waves"]
+__all__ = [
+    "RESULT_META",
+    "Progress",
+    "call_frame",
+    "may_pass",
+    "number_frame",
+    "result_frame",
+    "run_on_client",
+    "run_waves",
+]
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called with (phase, partitions done, partitions in all, result of the last partition)."""
 
 RESULT_META: Final = pd.DataFrame({"number": pd.Series(dtype="int64"), "result": pd.Series(dtype="str")})
 _MIN_WAVE: Final = 32
+# So many suspects in a row, or two for each thread if that is more, make one ask whether anything still works.
+_MIN_IN_A_ROW: Final = 8
+_PROBES: Final = 3
+_RUNS_ALONE: Final = 2
+_MAX_ALONE_IN_A_ROW: Final = 8
+_FETCHES: Final = 3
+_FETCH_S: Final = 30.0
+_REASON_CHARACTERS: Final = 500
 logger = logging.getLogger(__name__)
 
 
@@ -79,16 +103,22 @@ def run_waves(
     phase: str,
     resources: dict[str, float] | None = None,
     progress: Progress | None = None,
+    max_failed: int = 0,
+    failed: dict[int, str] | None = None,
 ) -> dict[int, dict[str, Any]]:
     """Run partitions on the cluster, a few waves at a time.
+
+    A partition is *suspect* if its workers died again and again, or it raised an error that may pass (see
+    :func:`may_pass`): a worker that dies takes those along that merely waited there. Suspects are put aside until
+    all others are done, and then run one by one, with nothing else on the cluster.
 
     Parameters
     ----------
     client : distributed.Client
         The cluster.
     build : callable
-        Takes partition numbers and returns a frame with one partition for each, whose rows are those
-        of :func:`result_frame`.
+        Takes partition numbers and returns a frame with one partition for each, in this order, whose rows are
+        those of :func:`result_frame`.
     numbers : iterable of int
         The partitions to run.
     phase : str
@@ -96,51 +126,37 @@ def run_waves(
     resources : dict, optional
         Dask resources that each partition takes, such as ``{"GPU": 0.5}``.
     progress : callable, optional
-        Called as each partition ends.
+        Called as each partition ends well.
+    max_failed : int
+        How many partitions may fail; needs `failed`.
+    failed : dict of int to str, optional
+        Is filled with the partitions that failed for good, and why, in one line; what it holds before does not count.
+        Without it no partition may fail, and the error of the first one is raised.
 
     Returns
     -------
     dict of int to dict
-        The result of each partition.
+        The result of each partition that did not fail.
 
     Raises
     ------
+    PartitionsError
+        If `failed` is given and more than `max_failed` partitions failed for good: at the end if they were suspects,
+        else at once. It ends sooner too where nothing works any more: many suspects in a row, and the first of
+        them fail alone as well.
     ClusterError
-        If a partition killed its worker again and again.
+        If the scheduler or all workers that can run a partition are gone, or, without `failed`, a partition kills
+        its worker also when it runs alone.
     Exception
-        What a task raised; the partitions that are not done are cancelled.
+        What a task raised, if no partition may fail. The partitions that are not done are cancelled.
     """
-    todo = list(numbers)
-    wave = max(_MIN_WAVE, 8 * max(1, sum(client.nthreads().values())))
-    results: dict[int, dict[str, Any]] = {}
-    waiting: as_completed = as_completed()
-    submitted, pending = 0, set[Future]()
-
-    def submit() -> None:
-        nonlocal submitted
-        batch = todo[submitted : submitted + wave]
-        submitted += len(batch)
-        frame = client.persist(build(batch).optimize(), resources=resources)
-        futures = futures_of(frame)
-        pending.update(futures)
-        waiting.update(futures)
-
+    waves = _Waves(client, build, phase, resources, progress)
+    waves.allow(max_failed if failed is not None else 0, failed)
     try:
-        while len(results) < len(todo):
-            if submitted < len(todo) and len(pending) <= wave:
-                submit()
-                continue
-            future = next(waiting)
-            pending.discard(future)
-            row = _result_of(future, phase).iloc[0]
-            future.release()
-            results[int(row["number"])] = json.loads(row["result"])
-            if progress:
-                progress(phase, len(results), len(todo), results[int(row["number"])])
+        return waves.run(list(numbers))
     except BaseException:
-        client.cancel(list(pending), force=True)
+        waves.cancel()
         raise
-    return results
 
 
 def run_on_client(
@@ -155,12 +171,231 @@ def run_on_client(
     return run_waves(client, lambda n: call_frame(function, n, n), list(numbers), phase=phase, progress=progress)
 
 
-def _result_of(future: Future, phase: str) -> pd.DataFrame:
-    try:
-        frame: pd.DataFrame = future.result()
-    except KilledWorker as exc:
-        raise ClusterError(
-            f"{phase}: a partition killed its worker again and again (out of memory, or a crash in a "
-            "model or stage); what was finished is kept: run again to go on, with fewer workers or files per partition"
-        ) from exc
-    return frame
+def may_pass(error: BaseException) -> bool:
+    """Return whether what a task raised may be otherwise the next time: storage, network, memory, a dead worker."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return False
+        if isinstance(cause, (OSError, StorageError, KilledWorker)):
+            return True
+        cause = cause.__cause__
+    return is_out_of_memory(error)
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a partition failed, in one line."""
+    if isinstance(error, KilledWorker):
+        return "it killed its worker again and again (out of memory, or a crash in a model or stage)"
+    text = " ".join(str(error).split())[:_REASON_CHARACTERS]
+    return printable(text if isinstance(error, ImgcurateError) and text else f"{type(error).__name__}: {text}")
+
+
+class _Waves:
+    """The partitions of one phase: what is in flight, done, suspect and failed."""
+
+    def __init__(
+        self,
+        client: Client,
+        build: Callable[[list[int]], dd.DataFrame],
+        phase: str,
+        resources: dict[str, float] | None,
+        progress: Progress | None,
+    ) -> None:
+        self._client, self._build, self._phase, self._progress = client, build, phase, progress
+        self._resources = resources
+        self._liveness = Liveness(client, phase, resources)
+        self._done: as_completed = as_completed(loop=client.loop)
+        self._pending: dict[Future, int] = {}
+        self._fetches: Counter[int] = Counter()
+        self._results: dict[int, dict[str, Any]] = {}
+        self._suspects: dict[int, BaseException] = {}
+        self._failed: dict[int, str] = {}
+        self._first: BaseException | None = None
+        self._in_a_row = self._total = 0
+        self.allow(0, None)
+
+    def allow(self, max_failed: int, report: dict[int, str] | None) -> None:
+        """Say how many partitions may fail, and where that is told."""
+        self._max_failed, self._report = max_failed, report
+
+    def run(self, numbers: list[int]) -> dict[int, dict[str, Any]]:
+        """Run the partitions and return their results."""
+        self._total = len(numbers)
+        self._liveness.check()
+        threads = self._threads()
+        wave, most_in_a_row = max(_MIN_WAVE, 8 * threads), max(_MIN_IN_A_ROW, 2 * threads)
+        todo = deque(numbers)
+        while todo or self._pending:
+            if todo and self._in_a_row >= most_in_a_row and self._is_too_many():
+                # Before more work is done in vain: does anything still work?
+                self._drain()
+                self._in_a_row = 0
+                if not self._run_suspects(_PROBES, until_done=True):
+                    self._give_up_suspects()
+                    raise self._error(complete=False)
+            elif todo and len(self._pending) <= wave:
+                self._submit([todo.popleft() for _ in range(min(wave, len(todo)))])
+            else:
+                self._take(*self._next())
+        self._run_suspects(_MAX_ALONE_IN_A_ROW)
+        self._give_up_suspects()
+        if len(self._failed) > self._max_failed:
+            raise self._error()
+        return self._results
+
+    def cancel(self) -> None:
+        """Cancel what is in flight, as far as the cluster is still there."""
+        if self._client.status == "running":
+            with contextlib.suppress(OSError, RuntimeError):
+                self._client.cancel(list(self._pending), force=True)
+
+    def _threads(self) -> int:
+        try:
+            return sum(self._client.nthreads().values())
+        except (OSError, AttributeError) as exc:
+            raise self._liveness.lost(exc) from exc
+
+    def _is_too_many(self) -> bool:
+        return len(self._failed) + len(self._suspects) > self._max_failed
+
+    def _submit(self, numbers: list[int]) -> None:
+        frame = self._build(numbers).optimize()
+        try:
+            frame = self._client.persist(frame, resources=self._resources)
+        except (CommClosedError, ClosedClientError) as exc:
+            raise self._liveness.lost(exc) from exc
+        # The keys of a frame are (name, position of the partition).
+        futures = sorted(futures_of(frame), key=lambda future: future.key[1])
+        self._pending.update(zip(futures, numbers, strict=True))
+        self._done.update(futures)
+
+    def _next(self) -> tuple[int, dict[str, Any] | BaseException]:
+        """Wait for a partition to end; return its number, and its result or what it raised."""
+        while True:
+            while not self._done.has_ready():
+                self._liveness.check()
+                with self._done.thread_condition:
+                    self._done.thread_condition.wait(timeout=0.1)
+            future = next(self._done)
+            outcome = self._outcome(future)
+            if outcome is None:
+                self._done.add(future)
+                continue
+            number = self._pending.pop(future)
+            future.release()
+            self._liveness.alive()
+            return number, outcome
+
+    def _outcome(self, future: Future) -> dict[str, Any] | BaseException | None:
+        """Return the result of a future or what its task raised; None if it has to be waited for again."""
+        if future.status in ("lost", "pending"):
+            # The worker died before the result was here: the scheduler has it made again.
+            return None
+        try:
+            result: dict[str, Any] = json.loads(future.result(timeout=_FETCH_S)["result"].iloc[0])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:
+            if isinstance(exc, NO_WORKER_ERRORS):
+                raise self._liveness.unplaced(exc) from exc
+            if future.status == "error":
+                return exc
+            if future.cancelled() or self._client.status != "running":
+                raise self._liveness.lost(exc) from exc
+            if not isinstance(exc, OSError):
+                raise
+            number = self._pending[future]
+            self._fetches[number] += 1
+            return exc if self._fetches[number] > _FETCHES else None
+        return result
+
+    def _take(self, number: int, outcome: dict[str, Any] | BaseException) -> None:
+        """Take note of how a partition ended that did not run alone."""
+        if isinstance(outcome, dict):
+            self._finish(number, outcome)
+        elif may_pass(outcome):
+            level = logging.INFO if self._suspects else logging.WARNING
+            logger.log(level, "%s: partition %d is tried again later: %s", self._phase, number, _reason(outcome))
+            self._suspects[number] = outcome
+            self._in_a_row += 1
+        else:
+            self._fail(number, outcome)
+
+    def _finish(self, number: int, result: dict[str, Any]) -> None:
+        self._in_a_row = 0
+        self._results[number] = result
+        if self._progress:
+            self._progress(self._phase, len(self._results), self._total, result)
+
+    def _fail(self, number: int, error: BaseException, note: str = "") -> None:
+        """Take note of a partition that failed for good; end the run if that is a fault of a stage or of parameters."""
+        if not may_pass(error) and self._max_failed == 0:
+            raise error
+        self._first = self._first or error
+        self._failed[number] = _reason(error) + note
+        if self._report is not None:
+            self._report[number] = self._failed[number]
+        if not may_pass(error) and len(self._failed) > self._max_failed:
+            raise self._error(complete=False)
+
+    def _give_up_suspects(self) -> None:
+        """Count the suspects that are left as failed: so many others failed alone that these would as well."""
+        for number, error in self._suspects.items():
+            self._fail(number, error, " (not tried alone)")
+        self._suspects.clear()
+
+    def _drain(self) -> None:
+        while self._pending:
+            self._take(*self._next())
+
+    def _run_suspects(self, most: int, *, until_done: bool = False) -> bool:
+        """Run suspects one by one, alone; return whether the last of them succeeded.
+
+        Parameters
+        ----------
+        most : int
+            Stop after so many in a row have failed.
+        until_done : bool
+            Stop after the first that succeeds.
+        """
+        in_a_row = 0
+        for number in sorted(self._suspects):
+            if in_a_row == most:
+                break
+            outcome = self._run_alone(number)
+            del self._suspects[number]
+            if isinstance(outcome, dict):
+                in_a_row = 0
+                self._finish(number, outcome)
+                if until_done:
+                    break
+            else:
+                in_a_row += 1
+                self._fail(number, outcome)
+        return in_a_row == 0
+
+    def _run_alone(self, number: int) -> dict[str, Any] | BaseException:
+        for _ in range(_RUNS_ALONE):
+            self._submit([number])
+            _, outcome = self._next()
+            # One that killed all these workers alone is to blame: others would die as well.
+            if isinstance(outcome, (dict, KilledWorker)) or not may_pass(outcome):
+                break
+        return outcome
+
+    def _error(self, *, complete: bool = True) -> BaseException:
+        """Return the error of a run in which more partitions failed than may."""
+        error: ClusterError
+        if self._report is not None:
+            error = PartitionsError(self._phase, self._failed, self._total, complete)
+        elif isinstance(self._first, KilledWorker):
+            error = ClusterError(
+                f"{self._phase}: a partition killed its worker again and again (out of memory, or a crash in a model "
+                "or stage); what was finished is kept: run again to go on, with fewer workers or files per partition"
+            )
+        else:
+            assert self._first is not None  # noqa: S101 - set with the first that failed
+            return self._first
+        error.__cause__ = self._first
+        return error

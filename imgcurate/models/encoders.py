@@ -107,13 +107,15 @@ class Encoder(ABC):
     view: PixelView
 
     @abstractmethod
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, *, at_most: int | None = None) -> torch.Tensor:
         """Encode images.
 
         Parameters
         ----------
         pixels : torch.Tensor of shape (n, height, width, 3)
             uint8 RGB, 0-255, in the size of :attr:`view`, on the encoder's device.
+        at_most : int, optional
+            The most images that may be encoded at once, where more do not fit in memory.
 
         Returns
         -------
@@ -137,8 +139,9 @@ class TinyImageEncoder(Encoder):
     dim = 16 * 16 * 3
     view = PixelView(16, 16, resize="squash", interpolation="bilinear")
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, *, at_most: int | None = None) -> torch.Tensor:
         """Encode images; an image of one single colour has the zero vector."""
+        del at_most
         flat = pixels.reshape(len(pixels), -1).to(torch.float32)
         return F.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
 
@@ -179,9 +182,9 @@ class OpenClipEncoder(Encoder):
         self._scale, self._shift = _normalisation(cfg["mean"], cfg["std"], backend.torch_device)
 
     @torch.inference_mode()
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, *, at_most: int | None = None) -> torch.Tensor:
         """Encode images; see :class:`Encoder`."""
-        size = self._batch_size
+        size = min(self._batch_size, at_most or self._batch_size)
         chunks = []
         for start in range(0, len(pixels), size):
             chunk = pixels[start : start + size]

@@ -195,7 +195,8 @@ class ProcessingStage(Stage):
     def process(self, batch: ImageBatch) -> ImageBatch:
         """Process one batch and return it.
 
-        May be called by several threads of a worker at once.
+        May be called by several threads of a worker at once. If it runs out of memory it is called again with
+        parts of the batch, so it should set columns anew rather than change values in place.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override process()")
 

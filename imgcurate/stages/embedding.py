@@ -109,7 +109,7 @@ class ImageEmbeddingStage(ProcessingStage):
         """Embed the images of a batch."""
         if self._encoder is None:
             raise RuntimeError("setup() was not called")
-        batch[schema.EMBEDDING] = self._encoder(batch.pixels(self._encoder.view))
+        batch[schema.EMBEDDING] = self._encoder(batch.pixels(self._encoder.view), at_most=batch.at_most)
         batch[schema.ENCODER] = np.full(len(batch), self._encoder.identity, dtype=object)
         return batch
 

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import cloudpickle
 import dask.dataframe as dd
@@ -21,9 +21,10 @@ from imgcurate import schema
 from imgcurate.backend import Backend, array_from_list_column, cpu_count, get_backend, list_array
 from imgcurate.batches import ImageBatch
 from imgcurate.catalog import Attempts
-from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.errors import ConfigError
 from imgcurate.execution import number_frame
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
+from imgcurate.stages.fitting import BatchLimit, process_batch
 from imgcurate.stages.reading import ImageReaderStage, read_pixels
 
 __all__ = ["Program", "apply_stages"]
@@ -82,14 +83,12 @@ class Program:
         pa.Table
             The same rows with the stages' columns; ``status`` and ``reason`` of rows that left are set.
         """
-        stages, worker = _prepared(self)
+        stages, limits, worker = _prepared(self)
         results = _Results(table, self.types)
         for positions, batch in self._batches(table, stages, worker, results, isolated):
             current = batch
             for k, stage in enumerate(stages):
-                current = _process(stage, current)
-                if not isinstance(current, ImageBatch) or len(current) != len(positions):
-                    raise ConfigError(f"stage {stage.name}: process() must return the batch with all its rows")
+                current = process_batch(stage, current, limits[k], worker.backend)
                 _check_columns(stage, current, self.types)
                 results.take_drops(k, stage, positions, current)
                 if IMAGE in stage.removes:
@@ -118,21 +117,6 @@ class Program:
                 sizes = {schema.WIDTH: decoded.widths[decoded.ok], schema.HEIGHT: decoded.heights[decoded.ok]}
                 known = rows.iloc[good].assign(**sizes, **decoded.facts)
                 yield good, ImageBatch(known, decoded.images, device=worker.device)
-
-
-def _process(stage: ProcessingStage, batch: ImageBatch) -> ImageBatch:
-    """Run a stage on a batch; an error of its own gets its name and where it happened."""
-    try:
-        return stage.process(batch)
-    except ImgcurateError:
-        raise
-    except (Exception, SystemExit) as exc:
-        where = (
-            f"{batch.rows[schema.SHARD].iloc[0]}, key {batch.rows[schema.KEY].iloc[0]!r} and after"
-            if len(batch)
-            else ""
-        )
-        raise ImgcurateError(f"stage {stage.name}: {type(exc).__name__}: {exc} (in {where})") from exc
 
 
 def _check_columns(stage: ProcessingStage, batch: ImageBatch, types: Mapping[str, pa.DataType]) -> None:
@@ -270,17 +254,19 @@ def _host(values: Any) -> npt.NDArray[Any]:
 
 
 _lock = threading.Lock()
-_programs: dict[str, tuple[tuple[ProcessingStage, ...], Worker]] = {}
+_Prepared: TypeAlias = tuple[tuple[ProcessingStage, ...], tuple[BatchLimit, ...], Worker]
+_programs: dict[str, _Prepared] = {}
 
 
-def _prepared(program: Program) -> tuple[tuple[ProcessingStage, ...], Worker]:
-    """Return the program's stages, set up once in this process."""
+def _prepared(program: Program) -> _Prepared:
+    """Return the program's stages, set up once in this process, with what is known of the batches that fit."""
     with _lock:
         if program.token not in _programs:
             worker = Worker(get_backend(program.device), num_threads=min(torch.get_num_threads(), cpu_count()))
             for stage in program.stages:
                 stage.setup(worker)
-            _programs[program.token] = (program.stages, worker)
+            limits = tuple(BatchLimit() for _ in program.stages)
+            _programs[program.token] = (program.stages, limits, worker)
             while len(_programs) > 4:
                 _programs.pop(next(iter(_programs)))
         return _programs[program.token]
