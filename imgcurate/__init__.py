@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         write_webdataset,
     )
     from imgcurate.standalone import DedupedEmbeddings, dedup_embeddings
+    from imgcurate.verification import Verification, verify_run
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,8 @@ _HOMES = {
     "Result": "pipeline",
     "DedupedEmbeddings": "standalone",
     "dedup_embeddings": "standalone",
+    "Verification": "verification",
+    "verify_run": "verification",
     "DatasetStage": "stages",
     "ExactDedupStage": "stages",
     "FilePartitioningStage": "stages",
@@ -102,6 +105,7 @@ __all__ = [
     "Result",
     "Rule",
     "SemanticDedupStage",
+    "Verification",
     "Worker",
     "dedup_embeddings",
     "embed",
@@ -113,6 +117,7 @@ __all__ = [
     "score_nsfw",
     "score_quality",
     "semantic_dedup",
+    "verify_run",
     "write_webdataset",
 ]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Final
+from typing import Any, Final, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +24,7 @@ from imgcurate.folders import copy_files
 from imgcurate.storage import Source, StorageOptions, atomic_write, join_url
 from imgcurate.tar import BLOCK, end_of_archive, padding, scan_tar, tar_header
 
-__all__ = ["SOURCE_KEY", "OutputShard", "kept_counts", "plan_shards", "shard_name", "write_shard"]
+__all__ = ["SOURCE_KEY", "OutputShard", "ShardContent", "kept_counts", "plan_shards", "shard_name", "write_shard"]
 
 SOURCE_KEY: Final = "source_key"
 _COPY_BYTES: Final = 8 * 1024 * 1024
@@ -34,6 +34,14 @@ _INTERNAL: Final = frozenset(
         schema.DUPLICATE_OF, schema.DUPLICATE_IN, schema.SIMILARITY,
     }
 )  # fmt: skip
+
+
+class Writable(Protocol):
+    """Where the bytes of a tar go: a file, or what hashes them."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take some bytes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +141,43 @@ def write_shard(
     Memory is one copy block and the rows of the shard. The sidecar is written last: a shard that
     has one is complete.
     """
-    rows = _rows(shard, catalog)
+    content = ShardContent.of(shard, catalog)
     name = shard_name(shard.number)
-    keys = _unique_keys(rows)
     with atomic_write(join_url(folder, f"{name}.tar"), catalog.storage_options) as out:
-        nbytes = _copy_samples(rows, keys, out, read_options)
-    write_parquet(join_url(folder, f"{name}.parquet"), _sidecar(rows, keys), catalog.storage_options)
-    return {"name": f"{name}.tar", "samples": len(rows), "nbytes": nbytes}
+        nbytes = content.write_tar(out, read_options)
+    write_parquet(join_url(folder, f"{name}.parquet"), content.sidecar, catalog.storage_options)
+    return {"name": f"{name}.tar", "samples": len(content.rows), "nbytes": nbytes}
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """What an output shard consists of, which follows from catalog and inputs alone.
+
+    Attributes
+    ----------
+    rows : pa.Table
+        The rows of its samples, without embeddings.
+    keys : list of str
+        The keys of the samples in the shard, each once.
+    """
+
+    rows: pa.Table
+    keys: list[str]
+
+    @staticmethod
+    def of(shard: OutputShard, catalog: Catalog) -> ShardContent:
+        """Read the rows of an output shard."""
+        rows = _rows(shard, catalog)
+        return ShardContent(rows, _unique_keys(rows))
+
+    @property
+    def sidecar(self) -> pa.Table:
+        """The table that lies beside the tar."""
+        return _sidecar(self.rows, self.keys)
+
+    def write_tar(self, out: Writable, read_options: StorageOptions | None = None) -> int:
+        """Write the tar, and return its size in bytes; `read_options` are those of the input shards."""
+        return _copy_samples(self.rows, self.keys, out, read_options)
 
 
 def _rows(shard: OutputShard, catalog: Catalog) -> pa.Table:
@@ -182,7 +220,7 @@ def _sidecar(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def _copy_samples(rows: pa.Table, keys: Sequence[str], out: IO[bytes], read_options: StorageOptions | None) -> int:
+def _copy_samples(rows: pa.Table, keys: Sequence[str], out: Writable, read_options: StorageOptions | None) -> int:
     position = 0
     columns = (schema.SHARD, schema.KEY, schema.SPANS, schema.FILES)
     samples = zip(keys, *(rows[c].to_pylist() for c in columns), strict=True)
@@ -217,7 +255,7 @@ def _joined(spans: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
-def _copy(source: Source, start: int, stop: int, out: IO[bytes]) -> int:
+def _copy(source: Source, start: int, stop: int, out: Writable) -> int:
     position = start
     while position < stop:
         block = source.pread(position, min(_COPY_BYTES, stop - position))
@@ -233,7 +271,7 @@ def _copy(source: Source, start: int, stop: int, out: IO[bytes]) -> int:
     return stop - start + len(filled)
 
 
-def _copy_renamed(source: Source, spans: Sequence[int], new_key: str, out: IO[bytes]) -> int:
+def _copy_renamed(source: Source, spans: Sequence[int], new_key: str, out: Writable) -> int:
     """Copy a sample under another key: new headers, the same data."""
     sample = _SpanSource(source, spans)
     written = 0
