@@ -3,6 +3,7 @@
 ::
 
     OUT/manifest.json                    what ran, on what, and how it ended
+    OUT/_SUCCESS                         checksums of all files, once all is done
     OUT/catalog/part-00000.parquet       every row of the first partition
     OUT/checkpoint/01-.../part-00000...  what a later phase changed, until the run is done
     OUT/shards/00000.tar, .parquet       the kept samples
@@ -10,8 +11,8 @@
 
 The first phase writes the parts of the catalog. Each later phase writes, per part, only the columns
 that it sets (a *delta*); when all phases are done the deltas are merged into the parts, which can be
-repeated at any time with the same result. Every file appears whole or not at all, so a run that was
-killed goes on with the files that are missing.
+repeated at any time with the same result, and taken back (:meth:`Catalog.reset`). Every file appears whole or
+not at all, so a run that was killed goes on with the files that are missing.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
 import dask.dataframe as dd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcurate import schema
@@ -52,6 +54,7 @@ __all__ = [
     "part_name",
     "read_batch",
     "read_parquet",
+    "undecided",
     "write_batches",
     "write_parquet",
 ]
@@ -130,6 +133,18 @@ def read_batch(url: str, number: int, storage_options: StorageOptions | None = N
         source.close()
 
 
+def undecided(table: pa.Table) -> pa.Table:
+    """Return the rows of a part as the first phase left them, with the columns of all."""
+    if schema.PHASE not in table.column_names:
+        return table
+    # A later phase looks at samples that are there still: what it dropped was 'ok' before.
+    later = pc.fill_null(pc.greater(table[schema.PHASE], 0), fill_value=False)
+    for name, value in ((schema.STATUS, schema.STATUS_OK), (schema.REASON, "")):
+        column = pc.if_else(later, value, table[name])
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table.drop_columns([schema.PHASE])
+
+
 def _is_float_list(type_: pa.DataType) -> bool:
     return bool(pa.types.is_list(type_) and pa.types.is_floating(type_.value_type))
 
@@ -144,9 +159,9 @@ class Manifest:
         SHA-256 of all that decides the results.
     config : dict
         The stages with their parameters, the inputs and the versions that the fingerprint covers.
-    state : {"running", "clearing", "done"}
-        ``done`` once every phase ended and the accounting was checked; ``clearing`` while what another
-        run left is deleted.
+    state : {"running", "growing", "clearing", "done"}
+        ``done`` once every phase ended and the accounting was checked; ``growing`` while what was decided
+        before more inputs came is taken back; ``clearing`` while what another run left is deleted.
     n_parts : int
         Parts of the catalog.
     samples : int
@@ -161,6 +176,8 @@ class Manifest:
     source : dict
         Where the inputs were looked for and how they are divided: ``file_paths``, ``files_per_partition``,
         ``sidecar_columns``, ``text_columns``; or ``refilter``, the folder of the run that was decided anew.
+    exporting : bool
+        Whether the shards that are there are of this run as it is decided now.
     """
 
     fingerprint: str
@@ -173,6 +190,7 @@ class Manifest:
     timings_s: dict[str, float] = field(default_factory=dict)
     increments: list[int] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
+    exporting: bool = False
 
     def save(self, folder: str, storage_options: StorageOptions | None = None) -> None:
         """Write ``folder/manifest.json`` atomically."""
@@ -280,7 +298,7 @@ class Catalog:
 
     def with_phase(self, phase: str) -> Catalog:
         """Return the catalog as it is after one more phase."""
-        return Catalog(self.folder, self.n_parts, (*self.phases, phase), self.storage_options)
+        return replace(self, phases=(*self.phases, phase))
 
     def make_folders(self) -> None:
         """Make the folders that parts and deltas are written to."""
@@ -337,9 +355,30 @@ class Catalog:
         return pa.table({name: merged[name] for name in order})
 
     def merge(self, number: int) -> None:
-        """Merge the deltas into a part; repeating it changes nothing."""
-        if self.phases:
-            self.write_part(number, self.read(number))
+        """Merge the deltas into a part, and note in which phase each sample left; repeating it changes nothing."""
+        url = self.part_url(number)
+        if not self.phases or schema.PHASE in _parquet_columns(url, self.storage_options):
+            return
+        type_ = schema.arrow_type(schema.PHASE)
+        left: Any = pa.scalar(None, type_)
+        for n in range(len(self.phases), -1, -1):
+            status = replace(self, phases=self.phases[:n]).read(number, [schema.STATUS])[schema.STATUS]
+            left = pc.if_else(pc.not_equal(status, schema.STATUS_OK), pa.scalar(n, type_), left)
+        self.write_part(number, self.read(number).append_column(schema.PHASE, left))
+
+    def reset(self, number: int, columns: Sequence[str]) -> None:
+        """Take back what the phases after the first one did to a part; repeating it changes nothing.
+
+        Parameters
+        ----------
+        number : int
+            The part.
+        columns : sequence of str
+            The columns that the first phase made.
+        """
+        url = self.part_url(number)
+        if schema.PHASE in _parquet_columns(url, self.storage_options):
+            self.write_part(number, undecided(self.read(number)).select(list(columns)))
 
     @cached_property
     def schema(self) -> pa.Schema:

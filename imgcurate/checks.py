@@ -186,6 +186,11 @@ def check_part(part: Part, *, catalog: Catalog, reading: Reading | None) -> dict
         lost = kept_counts(nameless).get(schema.STATUS_DUPLICATE, 0)
         if lost:
             faults.add("catalog", place, f"{lost:,} duplicates do not say of what")
+    if schema.PHASE in columns:
+        kept = table[schema.STATUS].to_numpy() == schema.STATUS_OK
+        for i in np.flatnonzero(kept != table[schema.PHASE].is_null().to_numpy()).tolist():
+            phase = table[schema.PHASE][i].as_py()
+            faults.add("catalog", place, f"uid {uids[i]} is {table[schema.STATUS][i]}, and left in phase {phase}")
     gone: list[int] = []
     if reading is not None:
         for at in range(len(part.described)):

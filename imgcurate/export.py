@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,26 +22,28 @@ from imgcurate.catalog import Catalog, write_parquet
 from imgcurate.errors import ImgcurateError
 from imgcurate.folders import copy_files
 from imgcurate.storage import Source, StorageOptions, atomic_write, join_url
+from imgcurate.success import FileDigest, HashingWriter, file_digest
 from imgcurate.tar import BLOCK, end_of_archive, padding, scan_tar, tar_header
 
-__all__ = ["SOURCE_KEY", "OutputShard", "ShardContent", "kept_counts", "plan_shards", "shard_name", "write_shard"]
+__all__ = [
+    "SOURCE_KEY",
+    "OutputShard",
+    "ShardContent",
+    "describe_shard",
+    "kept_counts",
+    "plan_shards",
+    "shard_name",
+    "write_shard",
+]
 
 SOURCE_KEY: Final = "source_key"
 _COPY_BYTES: Final = 8 * 1024 * 1024
 _INTERNAL: Final = frozenset(
     {
         schema.SPANS, schema.FILES, schema.OFFSET, schema.STATUS, schema.REASON,
-        schema.DUPLICATE_OF, schema.DUPLICATE_IN, schema.SIMILARITY,
+        schema.DUPLICATE_OF, schema.DUPLICATE_IN, schema.SIMILARITY, schema.PHASE,
     }
 )  # fmt: skip
-
-
-class Writable(Protocol):
-    """Where the bytes of a tar go: a file, or what hashes them."""
-
-    def write(self, data: bytes, /) -> object:
-        """Take some bytes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def write_shard(
     Returns
     -------
     dict
-        ``name``, ``samples`` and ``nbytes`` of the tar.
+        As from :func:`describe_shard`.
 
     Raises
     ------
@@ -144,9 +146,27 @@ def write_shard(
     content = ShardContent.of(shard, catalog)
     name = shard_name(shard.number)
     with atomic_write(join_url(folder, f"{name}.tar"), catalog.storage_options) as out:
-        nbytes = content.write_tar(out, read_options)
+        hashing = HashingWriter(out)
+        content.write_tar(hashing, read_options)
     write_parquet(join_url(folder, f"{name}.parquet"), content.sidecar, catalog.storage_options)
-    return {"name": f"{name}.tar", "samples": len(content.rows), "nbytes": nbytes}
+    return _description(shard, hashing.digest, folder, catalog.storage_options)
+
+
+def describe_shard(shard: OutputShard, folder: str, storage_options: StorageOptions | None = None) -> dict[str, Any]:
+    """Return what an output shard that was written is: ``name``, ``samples``, ``nbytes``, ``sha256``, ``sidecar``.
+
+    Both digests are those of the files as they are; that of the tar is ``nbytes`` and ``sha256``.
+    """
+    tar = file_digest(join_url(folder, f"{shard_name(shard.number)}.tar"), storage_options)
+    return _description(shard, tar, folder, storage_options)
+
+
+def _description(
+    shard: OutputShard, tar: FileDigest, folder: str, storage_options: StorageOptions | None
+) -> dict[str, Any]:
+    name = shard_name(shard.number)
+    sidecar = file_digest(join_url(folder, f"{name}.parquet"), storage_options)
+    return {"name": f"{name}.tar", "samples": shard.samples, **asdict(tar), "sidecar": asdict(sidecar)}
 
 
 @dataclass(frozen=True)
@@ -175,9 +195,9 @@ class ShardContent:
         """The table that lies beside the tar."""
         return _sidecar(self.rows, self.keys)
 
-    def write_tar(self, out: Writable, read_options: StorageOptions | None = None) -> int:
-        """Write the tar, and return its size in bytes; `read_options` are those of the input shards."""
-        return _copy_samples(self.rows, self.keys, out, read_options)
+    def write_tar(self, out: HashingWriter, read_options: StorageOptions | None = None) -> None:
+        """Write the tar; `read_options` are those of the input shards."""
+        _copy_samples(self.rows, self.keys, out, read_options)
 
 
 def _rows(shard: OutputShard, catalog: Catalog) -> pa.Table:
@@ -220,7 +240,7 @@ def _sidecar(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def _copy_samples(rows: pa.Table, keys: Sequence[str], out: Writable, read_options: StorageOptions | None) -> int:
+def _copy_samples(rows: pa.Table, keys: Sequence[str], out: HashingWriter, read_options: StorageOptions | None) -> None:
     position = 0
     columns = (schema.SHARD, schema.KEY, schema.SPANS, schema.FILES)
     samples = zip(keys, *(rows[c].to_pylist() for c in columns), strict=True)
@@ -236,9 +256,7 @@ def _copy_samples(rows: pa.Table, keys: Sequence[str], out: Writable, read_optio
                     position += copy_files(url, files, spans, new_key, out, read_options)
                 else:
                     position += _copy_renamed(archives(url), spans, key, out)
-    end = end_of_archive(position)
-    out.write(end)
-    return position + len(end)
+    out.write(end_of_archive(position))
 
 
 def _joined(spans: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -255,7 +273,7 @@ def _joined(spans: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
-def _copy(source: Source, start: int, stop: int, out: Writable) -> int:
+def _copy(source: Source, start: int, stop: int, out: HashingWriter) -> int:
     position = start
     while position < stop:
         block = source.pread(position, min(_COPY_BYTES, stop - position))
@@ -271,7 +289,7 @@ def _copy(source: Source, start: int, stop: int, out: Writable) -> int:
     return stop - start + len(filled)
 
 
-def _copy_renamed(source: Source, spans: Sequence[int], new_key: str, out: Writable) -> int:
+def _copy_renamed(source: Source, spans: Sequence[int], new_key: str, out: HashingWriter) -> int:
     """Copy a sample under another key: new headers, the same data."""
     sample = _SpanSource(source, spans)
     written = 0

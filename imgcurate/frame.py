@@ -100,9 +100,9 @@ def frame_of_groups(
     )
 
 
-def group_shards(shards: Sequence[Shard], files_per_partition: int) -> list[ShardGroup]:
-    """Return the shards, numbered, in groups of one partition each, in order."""
-    numbered = list(enumerate(shards))
+def group_shards(shards: Sequence[Shard], files_per_partition: int, *, first: int = 0) -> list[ShardGroup]:
+    """Return the shards, numbered from `first`, in groups of one partition each, in order."""
+    numbered = list(enumerate(shards, first))
     return [tuple(numbered[i : i + files_per_partition]) for i in range(0, len(numbered), files_per_partition)]
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from imgcurate.catalog import Manifest, fingerprint
 from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.storage import free_bytes, join_url, list_files, remove, remove_temporary_files, remove_tree
+from imgcurate.success import Success
 
-__all__ = ["difference", "find_run", "open_run"]
+__all__ = ["difference", "find_run", "grown", "open_run"]
 
 _FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
 _FILES: Final = ("kept.parquet", "removed.parquet")
 _MIN_FREE_BYTES: Final = 64 * 1024**2
 
 
-def find_run(folder: str, config: dict[str, Any], *, work: str, overwrite: bool) -> Manifest | None:
+def find_run(
+    folder: str, config: dict[str, Any], *, work: str, overwrite: bool, resume: bool = False, grows: bool = False
+) -> Manifest | None:
     """Return the manifest in an output folder; refuse what must not be touched.
 
     Parameters
@@ -28,48 +32,95 @@ def find_run(folder: str, config: dict[str, Any], *, work: str, overwrite: bool)
         Folder in it whose files are what a run has done.
     overwrite : bool
         Whether another run may be there.
+    resume : bool
+        Whether the same run has to be there.
+    grows : bool
+        Whether the same run over fewer inputs will do.
 
     Raises
     ------
     ConfigError
-        If it holds another run, or something else.
+        If it holds another run, or something else, or with `resume` nothing to go on with.
     """
     manifest = Manifest.load(folder)
-    if manifest is not None and manifest.fingerprint != fingerprint(config):
+    if (
+        manifest is not None
+        and manifest.fingerprint != fingerprint(config)
+        and not (grows and grown(manifest.config, config))
+    ):
         done = [n for n in list_files(join_url(folder, work), "") if not n.startswith(".")]
         nothing_done = manifest.state == "running" and not done
-        if not overwrite and manifest.state != "clearing" and not nothing_done:
+        if (not overwrite and manifest.state != "clearing" and not nothing_done) or resume:
             raise ConfigError(
                 f"{folder} holds another run ({difference(manifest.config, config)}): "
                 "name another output folder, or overwrite it (--overwrite)"
             )
-    names = [n for n in list_files(folder, "") if not (n.startswith(".") and n.endswith(".tmp"))]
-    if manifest is None and names:
-        raise ConfigError(f"{folder} is not empty and holds no run of imgcurate: name another output folder")
+    if manifest is None:
+        names = [n for n in list_files(folder, "") if not (n.startswith(".") and n.endswith(".tmp"))]
+        if names:
+            raise ConfigError(f"{folder} is not empty and holds no run of imgcurate: name another output folder")
+        if resume:
+            raise ConfigError(f"{folder} holds no run to go on with: leave --resume out to begin one")
     return manifest
 
 
-def open_run(folder: str, config: dict[str, Any], n_parts: int, *, work: str, overwrite: bool) -> Manifest:
-    """Start a run in an output folder, or find the one that is to go on; see :func:`find_run`."""
+def grown(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether a configuration asks for the same run over more inputs: the old ones, then others."""
+    before, now = old.get("inputs"), new.get("inputs")
+    if not isinstance(before, list) or not isinstance(now, list) or len(now) <= len(before):
+        return False
+    return now[: len(before)] == before and {**old, "inputs": None} == {**new, "inputs": None}
+
+
+def open_run(
+    folder: str,
+    config: dict[str, Any],
+    n_parts: int,
+    *,
+    work: str,
+    overwrite: bool,
+    resume: bool = False,
+    grows: bool = False,
+    increments: Sequence[int] = (),
+    source: dict[str, Any] | None = None,
+) -> Manifest:
+    """Start a run in an output folder, or find the one that is to go on; see :func:`find_run`.
+
+    The state of a run whose inputs have grown is ``growing``: what was decided over the old ones has to be
+    taken back.
+    """
     digest = fingerprint(config)
-    manifest = find_run(folder, config, work=work, overwrite=overwrite)
-    if manifest is not None and (manifest.fingerprint != digest or manifest.state == "clearing"):
+    manifest = find_run(folder, config, work=work, overwrite=overwrite, resume=resume, grows=grows)
+    if manifest is not None and grows and manifest.state != "clearing" and grown(manifest.config, config):
+        manifest.fingerprint, manifest.config, manifest.n_parts = digest, config, n_parts
+        manifest.increments, manifest.source = list(increments), source or {}
+        manifest.state, manifest.exporting = "growing", False
+        manifest.samples, manifest.counts, manifest.shards = 0, {}, []
+        manifest.save(folder)
+    elif manifest is not None and (manifest.fingerprint != digest or manifest.state == "clearing"):
         # Said first, so that a run which is killed now does not pass for the old one.
         manifest.state = "clearing"
         manifest.save(folder)
+        Success.withdraw(folder)
         for name in _FOLDERS:
             remove_tree(join_url(folder, name))
         for name in _FILES:
             remove(join_url(folder, name))
         manifest = None
-    remove_temporary_files(folder)
     if manifest is None:
-        free = free_bytes(folder)
-        if free is not None and free < _MIN_FREE_BYTES:
-            raise ImgcurateError(f"only {free:,} bytes are free on the disk of {folder}")
-        manifest = Manifest(digest, config, n_parts)
+        _check_space(folder)
+        manifest = Manifest(digest, config, n_parts, increments=list(increments), source=source or {})
         manifest.save(folder)
+    if manifest.state != "done":
+        Success.withdraw(folder)
+        remove_temporary_files(folder)
     return manifest
+
+
+def _check_space(folder: str) -> None:
+    free = free_bytes(folder)
+    if free is not None and free < _MIN_FREE_BYTES:
+        raise ImgcurateError(f"only {free:,} bytes are free on the disk of {folder}")
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
@@ -78,6 +129,8 @@ def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
         a, b, where = old.get(key), new.get(key), f"{path}{key}"
         if a == b:
             continue
+        if where == "inputs" and isinstance(a, list) and isinstance(b, list):
+            return _input_difference(a, b)
         if isinstance(a, dict) and isinstance(b, dict):
             return difference(a, b, f"{where}.")
         if isinstance(a, list) and isinstance(b, list):
@@ -89,3 +142,17 @@ def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
             return f"{where}: {len(a)} there, {len(b)} asked for"
         return f"{where}: {a} there, {b} asked for"
     return "the same configuration"
+
+
+def _input_difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
+    """Say which input of a run is gone or has changed; new ones alone would make it grow."""
+    now: dict[str, list[dict[str, Any]]] = {}
+    for shard in new:
+        now.setdefault(shard["url"], []).append(shard)
+    for shard in old:
+        alike = now.get(shard["url"], [])
+        if shard not in alike:
+            if not alike:
+                return f"inputs: {len(old)} there, {len(new)} asked for; {shard['url']} is not among them any more"
+            return f"inputs: {shard['url']} has changed: {difference(shard, alike[0])}"
+    return f"inputs: {len(old)} there, {len(new)} asked for"

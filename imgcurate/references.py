@@ -80,7 +80,8 @@ class Partitions:
     def of(manifest: Manifest) -> Partitions:
         """Read it from a manifest."""
         n_inputs = len(manifest.config["inputs"])
-        per_part = manifest.source.get("files_per_partition") or manifest.config["stages"][0]["files_per_partition"]
+        sources = [manifest.source, *manifest.config["stages"]]
+        per_part = next(s["files_per_partition"] for s in sources if "files_per_partition" in s)
         return Partitions(tuple(manifest.increments or [n_inputs]), int(per_part))
 
     def all(self) -> list[range]:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any, Final
 
@@ -18,29 +19,22 @@ from distributed import Client
 
 from imgcurate import schema
 from imgcurate.backend import Backend
-from imgcurate.catalog import Catalog, Manifest, fingerprint
-from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, InputError
+from imgcurate.catalog import Catalog, Manifest, fingerprint, part_name
+from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
 from imgcurate.execution import RESULT_META, Progress, call_frame, number_frame, result_frame, run_waves
-from imgcurate.export import OutputShard, kept_counts, plan_shards, shard_name, write_shard
-from imgcurate.frame import ShardGroup, frame_of_groups, group_shards
-from imgcurate.inputs import describe_shards
+from imgcurate.export import OutputShard, describe_shard, kept_counts, plan_shards, shard_name, write_shard
+from imgcurate.origins import Origin
 from imgcurate.outputs import find_run, open_run
 from imgcurate.plan import Phase, Plan
 from imgcurate.results import Result
-from imgcurate.shards import Shard
-from imgcurate.stages.base import DatasetStage, Stage, columns_added, stage_config
+from imgcurate.stages.base import DatasetStage, columns_added
 from imgcurate.stages.executor import apply_stages
-from imgcurate.storage import (
-    exclusive,
-    file_size,
-    join_url,
-    list_files,
-    make_folder,
-    remove_temporary_files,
-)
+from imgcurate.storage import exclusive, join_url, list_files, make_folder, remove_temporary_files, remove_tree
+from imgcurate.success import FileDigest, Success, file_digest
 
 __all__ = ["Run"]
 
+_WORK: Final = "catalog"
 # Parameters that change how fast a run is, or where its files lie, and not what comes out.
 _NOT_IN_FINGERPRINT: Final = frozenset(
     {"num_threads", "num_gpus_per_worker", "storage_options", "model_dir", "output_dir", "file_paths"}
@@ -50,84 +44,114 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One execution of a plan on a cluster; ``client`` and ``device`` are set before it is executed."""
+    """One execution of a plan on a cluster; ``client`` and ``device`` are set before it is executed.
+
+    Parameters
+    ----------
+    plan : Plan
+        The phases.
+    stages : sequence of dict
+        All that decides the results of the stages, as plain data.
+    origin : Origin
+        Where the rows come from.
+    folder : str
+        The output folder.
+    progress : callable, optional
+        Called as partitions end.
+    """
 
     client: Client
     device: str
 
-    def __init__(self, plan: Plan, stages: Sequence[Stage], folder: str, progress: Progress | None) -> None:
-        self.plan, self.stages, self.folder, self.progress = plan, stages, folder, progress
-        self.options = plan.source.storage_options
-        shards, self.sidecars = plan.source.find(taken=plan.types)
-        self.shards = _without_output(shards, folder)
-        self.groups = group_shards(self.shards, plan.source.files_per_partition)
-        self.types = plan.types | self.sidecars.types
+    def __init__(
+        self, plan: Plan, stages: Callable[[], list[dict[str, Any]]], origin: Origin, folder: str,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.plan, self.stages, self.origin, self.folder, self.progress = plan, stages, origin, folder, progress
+        self.types = plan.types | origin.types
         self.timings_s: dict[str, float] = {}
+        origin.arrange(Manifest.load(folder))
 
-    def finished(self, *, overwrite: bool) -> Result | None:
+    def finished(self, *, overwrite: bool, resume: bool = False) -> Result | None:
         """Return the result of the same run if it is done already; refuse another one's folder.
 
         Needs no cluster.
         """
-        manifest = find_run(self.folder, self._config, work="catalog", overwrite=overwrite)
+        manifest = find_run(self.folder, self._config, work=_WORK, overwrite=overwrite, resume=resume, grows=True)
         if manifest is None or manifest.state != "done" or manifest.fingerprint != fingerprint(self._config):
             return None
         return self._result(manifest)
 
-    def execute(self, *, overwrite: bool) -> Result:
+    def execute(self, *, overwrite: bool, resume: bool = False) -> Result:
         """Do what is missing of the run, and return its result; see :meth:`Pipeline.run`."""
         # What is wrong with inputs or weights is said before a folder is made.
         _ = self._config
         make_folder(self.folder)
         with exclusive(self.folder):
             manifest = open_run(
-                self.folder, self._config, len(self.groups), work="catalog", overwrite=overwrite
+                self.folder, self._config, self.origin.n_parts, work=_WORK, overwrite=overwrite, resume=resume,
+                grows=True, increments=self.origin.increments, source=self.origin.source,
             )  # fmt: skip
             return self._execute(manifest)
 
     def _execute(self, manifest: Manifest) -> Result:
-        catalog = Catalog(self.folder, len(self.groups))
+        catalog = Catalog(self.folder, self.origin.n_parts)
+        if manifest.state == "growing":
+            self._take_back(catalog, manifest)
         if manifest.state != "done":
             catalog = self._run_phases(catalog)
             counts = self._count(catalog)
             manifest.counts, manifest.samples = dict(sorted(counts.items())), sum(counts.values())
+            files: dict[str, FileDigest] = {}
             if self.plan.writer:
-                manifest.shards = self._export(catalog, self.plan.writer.images_per_tar)
-            self._merge(catalog)
+                files |= self._export(catalog, manifest, self.plan.writer.images_per_tar)
+            files |= self._finish_parts(catalog)
             self._check(manifest)
             self._check_inputs(manifest)
-            manifest.state, manifest.timings_s = "done", self.timings_s
-            manifest.save(self.folder)
+            self._complete(manifest, files)
             catalog.remove_checkpoints()
             remove_temporary_files(self.folder)
         return self._result(manifest)
 
+    def _take_back(self, catalog: Catalog, manifest: Manifest) -> None:
+        """Bring the parts of a run whose inputs have grown to the state after the first phase."""
+        if len(self.plan.phases) > 1:
+            there = sorted(set(range(catalog.n_parts)) - set(catalog.missing_parts()))
+            columns = self._columns(self.plan.phases[0])
+            self._waves("take back", there, lambda n: call_frame(_reset_part, n, n, catalog=catalog, columns=columns))
+        catalog.remove_checkpoints()
+        manifest.state = "running"
+        manifest.save(self.folder)
+
+    def _complete(self, manifest: Manifest, files: dict[str, FileDigest]) -> None:
+        """Say that the run is done: first to those who use its files, then to imgcurate."""
+        dedup = join_url(self.folder, "dedup")
+        for name in list_files(dedup, ""):
+            files[f"dedup/{name}"] = file_digest(join_url(dedup, name))
+        Success(manifest.fingerprint, manifest.samples, manifest.counts, dict(sorted(files.items()))).save(self.folder)
+        manifest.state, manifest.timings_s = "done", self.timings_s
+        manifest.save(self.folder)
+
     def _result(self, manifest: Manifest) -> Result:
-        final = Catalog(self.folder, len(self.groups))
+        final = Catalog(self.folder, self.origin.n_parts)
         shards = [join_url(self.folder, "shards", s["name"]) for s in manifest.shards]
         return Result(self.folder, manifest.samples, manifest.counts, shards, final)
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        inputs = self._inputs()
-        stages = [{**stage_config(s), **s.fingerprint()} for s in self.stages]
-        stages = [{k: v for k, v in s.items() if k not in _NOT_IN_FINGERPRINT} for s in stages]
         versions = {p: importlib.metadata.version(p) for p in _PACKAGES}
+        stages = [{k: v for k, v in s.items() if k not in _NOT_IN_FINGERPRINT} for s in self.stages()]
         return {
             "imgcurate": importlib.metadata.version("imgcurate"),
             "device": self.device,
             "stages": stages,
             "versions": versions,
-            "sidecars": [[source, name, str(type_)] for source, name, type_ in self.sidecars.columns],
-            "inputs": inputs,
+            **self.origin.identity,
         }
-
-    def _inputs(self) -> list[dict[str, Any]]:
-        return describe_shards(self.shards, self.options, self.sidecars)
 
     def _check_inputs(self, manifest: Manifest) -> None:
         """Refuse to call a run done whose inputs changed under it: it may hold some of both states."""
-        for before, now in zip(manifest.config["inputs"], self._inputs(), strict=True):
+        for before, now in zip(manifest.config["inputs"], self.origin.inputs_now(), strict=True):
             if before != now:
                 raise ImgcurateError(
                     f"{now['url']} changed while the run was going on, so its output cannot be relied on: "
@@ -139,7 +163,7 @@ class Run:
             with self._timed(phase.name):
                 if number == 0:
                     catalog.make_folders()
-                    read = partial(self._read_frame, catalog=catalog)
+                    read = partial(self._first_phase, catalog=catalog)
                     self._waves(phase.label, catalog.missing_parts(), read)
                     continue
                 before, catalog = catalog, catalog.with_phase(phase.name)
@@ -149,20 +173,16 @@ class Run:
                     self._waves(phase.label, missing, self._later_phase(phase, before, catalog))
         return catalog
 
-    def _read_frame(self, numbers: list[int], catalog: Catalog) -> dd.DataFrame:
+    def _columns(self, phase: Phase) -> list[str]:
+        """Return the columns of the catalog after the first phase."""
+        index = [c for c in columns_added(self.plan.reader) if c in self.types]
+        added = [c for s in phase.stages for c in columns_added(s) if c in self.types]
+        names: list[str] = schema.arrow_schema([*index, *self.origin.types, *added], self.types).names
+        return names
+
+    def _first_phase(self, numbers: list[int], catalog: Catalog) -> dd.DataFrame:
         """Return the frame that reads, decodes, scores and writes some partitions: one task each."""
-        reader = self.plan.reader
-        groups: list[ShardGroup] = [self.groups[n] for n in numbers]
-        ddf = frame_of_groups(
-            groups, text_columns=reader.text_columns, sidecars=self.sidecars, device=self.device,
-            storage_options=self.options,
-        )  # fmt: skip
-        stages = self.plan.phases[0].batch_stages
-        if stages:
-            ddf = apply_stages(
-                ddf, stages, reader=reader, device=self.device, storage_options=self.options,
-                attempts=catalog.attempts, numbers=numbers,
-            )  # fmt: skip
+        ddf = self.origin.frame(numbers, self.plan.phases[0].batch_stages, catalog, self.device)
         return _written(ddf, numbers, catalog, schema.arrow_schema(ddf.columns, self.types), delta=False)
 
     def _later_phase(self, phase: Phase, before: Catalog, after: Catalog) -> Callable[[list[int]], dd.DataFrame]:
@@ -225,33 +245,43 @@ class Run:
             total.update(result)
         return total
 
-    def _export(self, catalog: Catalog, images_per_tar: int) -> list[dict[str, Any]]:
+    def _export(self, catalog: Catalog, manifest: Manifest, images_per_tar: int) -> dict[str, FileDigest]:
+        """Write the output shards that are missing, and return the files of all."""
         folder = join_url(self.folder, "shards")
+        if not manifest.exporting:
+            # What is there was kept when there were fewer inputs.
+            remove_tree(folder)
+            manifest.exporting = True
+            manifest.save(self.folder)
         make_folder(folder)
         shards = plan_shards(self._kept, images_per_tar)
         there = set(list_files(folder, ".parquet"))
-        done = {s.number for s in shards if f"{shard_name(s.number)}.parquet" in there}
-
-        def build(numbers: list[int]) -> dd.DataFrame:
-            todo: list[OutputShard] = [shards[n] for n in numbers]
-            return call_frame(write_shard, numbers, todo, catalog=catalog, folder=folder, read_options=self.options)
-
+        done = [s.number for s in shards if f"{shard_name(s.number)}.parquet" in there]
+        todo = sorted({s.number for s in shards} - set(done))
+        planned: Callable[[list[int]], list[OutputShard]] = lambda numbers: [shards[n] for n in numbers]  # noqa: E731
         with self._timed("write"):
-            results = self._waves("write", [s.number for s in shards if s.number not in done], build)
-        for number in done:
-            name = f"{shard_name(number)}.tar"
-            results[number] = {
-                "name": name,
-                "samples": shards[number].samples,
-                "nbytes": file_size(join_url(folder, name)),
-            }
-        return [results[s.number] for s in shards]
+            results = self._waves("write", todo, lambda n: call_frame(
+                write_shard, n, planned(n), catalog=catalog, folder=folder, read_options=self.origin.options
+            ))  # fmt: skip
+            results |= self._waves("look at shards", done, lambda n: call_frame(
+                describe_shard, n, planned(n), folder=folder
+            ))  # fmt: skip
+        files: dict[str, FileDigest] = {}
+        manifest.shards = []
+        for shard in shards:
+            sidecar = FileDigest(**results[shard.number].pop("sidecar"))
+            description = results[shard.number]
+            manifest.shards.append(description)
+            files[f"shards/{description['name']}"] = FileDigest(description["nbytes"], description["sha256"])
+            files[f"shards/{shard_name(shard.number)}.parquet"] = sidecar
+        return files
 
-    def _merge(self, catalog: Catalog) -> None:
-        if catalog.phases:
-            with self._timed("merge"):
-                numbers = range(catalog.n_parts)
-                self._waves("merge", numbers, lambda n: call_frame(_merge_part, n, n, catalog=catalog))
+    def _finish_parts(self, catalog: Catalog) -> dict[str, FileDigest]:
+        """Merge what the phases decided into the parts, and return these as files."""
+        with self._timed("finish"):
+            numbers = range(catalog.n_parts)
+            results = self._waves("finish", numbers, lambda n: call_frame(_finish_part, n, n, catalog=catalog))
+        return {f"catalog/{part_name(n)}": FileDigest(**results[n]) for n in numbers}
 
     def _check(self, manifest: Manifest) -> None:
         written = sum(s["samples"] for s in manifest.shards)
@@ -287,16 +317,11 @@ def _count_part(number: int, catalog: Catalog) -> dict[str, Any]:
     return kept_counts(catalog.read(number, [schema.STATUS]))
 
 
-def _merge_part(number: int, catalog: Catalog) -> dict[str, Any]:
+def _finish_part(number: int, catalog: Catalog) -> dict[str, Any]:
     catalog.merge(number)
+    return asdict(file_digest(catalog.part_url(number), catalog.storage_options))
+
+
+def _reset_part(number: int, catalog: Catalog, columns: Sequence[str]) -> dict[str, Any]:
+    catalog.reset(number, columns)
     return {}
-
-
-def _without_output(shards: list[Shard], folder: str) -> list[Shard]:
-    """Return the inputs but for those that a pattern found in the output folder itself."""
-    inside = [s.url for s in shards if f"{s.url}/".startswith(folder.rstrip("/") + "/")]
-    if len(inside) == len(shards):
-        raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
-    if inside:
-        logger.warning("%d inputs lie in the output folder and are left out: %s ...", len(inside), inside[0])
-    return [s for s in shards if s.url not in set(inside)]

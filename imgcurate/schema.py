@@ -43,6 +43,7 @@ __all__ = [
     "NBYTES",
     "NSFW_SCORE",
     "OFFSET",
+    "PHASE",
     "PHASH",
     "PIXEL_HASH",
     "REASON",
@@ -107,6 +108,7 @@ DUPLICATE_BY: Final = "duplicate_by"
 DUPLICATE_IN: Final = "duplicate_in"
 SIMILARITY: Final = "similarity"
 ENCODER: Final = "encoder"
+PHASE: Final = "phase"
 
 STATUS_OK: Final = "ok"
 STATUS_TAR_ERROR: Final = "tar_error"
@@ -184,6 +186,7 @@ COLUMNS: Final[Mapping[str, Column]] = {
         Column(
             SIMILARITY, pa.float32(), "cosine similarity to the sample named by duplicate_of; null if none or unknown"
         ),
+        Column(PHASE, pa.int32(), "phase of the run in which the sample left, 0 the one that decodes; null if kept"),
     )
 }
 
