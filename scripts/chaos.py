@@ -249,8 +249,9 @@ def _state(out: Path) -> dict[str, tuple[int, int]]:
     """Return inode and time of all finished pieces of work."""
     found = {}
     for pattern in ("catalog/part-*.parquet", "checkpoint/[0-9]*/part-*.parquet", "shards/*.parquet", "shards/*.tar"):
-        for path in out.glob(pattern):
-            with contextlib.suppress(OSError):
+        # Folders come and go meanwhile.
+        with contextlib.suppress(OSError):
+            for path in out.glob(pattern):
                 status = path.stat()
                 found[str(path.relative_to(out))] = (status.st_ino, status.st_mtime_ns)
     return found
