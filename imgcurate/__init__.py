@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         write_webdataset,
     )
     from imgcurate.standalone import DedupedEmbeddings, dedup_embeddings
+    from imgcurate.verification import Verification, verify_run
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,8 @@ _HOMES = {
     "refilter": "refiltering",
     "DedupedEmbeddings": "standalone",
     "dedup_embeddings": "standalone",
+    "Verification": "verification",
+    "verify_run": "verification",
     "DatasetStage": "stages",
     "ExactDedupStage": "stages",
     "FilePartitioningStage": "stages",
@@ -104,6 +107,7 @@ __all__ = [
     "Result",
     "Rule",
     "SemanticDedupStage",
+    "Verification",
     "Worker",
     "dedup_embeddings",
     "embed",
@@ -116,6 +120,7 @@ __all__ = [
     "score_nsfw",
     "score_quality",
     "semantic_dedup",
+    "verify_run",
     "write_webdataset",
 ]
 

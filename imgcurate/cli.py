@@ -344,6 +344,30 @@ def inspect(
     typer.echo(report.summary())
 
 
+@app.command(epilog="Example: imgcurate verify OUT")
+def verify(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Leave the inputs alone.")] = False,
+    storage_option: StorageOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object.")] = False,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that a run is whole, and that every byte is as in its input. Exit code 1 if not."""
+    from imgcurate.config import storage_options
+    from imgcurate.verification import verify_run
+
+    options = storage_options(storage_option or [])
+    with _progress(quiet or as_json) as progress:
+        done = verify_run(
+            output, storage_options=options, quick=quick, scheduler=scheduler, n_workers=workers, progress=progress
+        )
+    typer.echo(json.dumps(done.as_dict(), indent=1) if as_json else "\n".join(done.lines(_MAX_PROBLEM_ROWS)))
+    if not done.ok:
+        raise typer.Exit(1)
+
+
 def _pipeline(
     inputs: list[str],
     stages: list[Any],

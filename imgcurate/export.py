@@ -28,6 +28,7 @@ from imgcurate.tar import BLOCK, end_of_archive, padding, scan_tar, tar_header
 __all__ = [
     "SOURCE_KEY",
     "OutputShard",
+    "ShardContent",
     "describe_shard",
     "kept_counts",
     "plan_shards",
@@ -142,13 +143,12 @@ def write_shard(
     Memory is one copy block and the rows of the shard. The sidecar is written last: a shard that
     has one is complete.
     """
-    rows = _rows(shard, catalog)
+    content = ShardContent.of(shard, catalog)
     name = shard_name(shard.number)
-    keys = _unique_keys(rows)
     with atomic_write(join_url(folder, f"{name}.tar"), catalog.storage_options) as out:
         hashing = HashingWriter(out)
-        _copy_samples(rows, keys, hashing, read_options)
-    write_parquet(join_url(folder, f"{name}.parquet"), _sidecar(rows, keys), catalog.storage_options)
+        content.write_tar(hashing, read_options)
+    write_parquet(join_url(folder, f"{name}.parquet"), content.sidecar, catalog.storage_options)
     return _description(shard, hashing.digest, folder, catalog.storage_options)
 
 
@@ -167,6 +167,37 @@ def _description(
     name = shard_name(shard.number)
     sidecar = file_digest(join_url(folder, f"{name}.parquet"), storage_options)
     return {"name": f"{name}.tar", "samples": shard.samples, **asdict(tar), "sidecar": asdict(sidecar)}
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """What an output shard consists of, which follows from catalog and inputs alone.
+
+    Attributes
+    ----------
+    rows : pa.Table
+        The rows of its samples, without embeddings.
+    keys : list of str
+        The keys of the samples in the shard, each once.
+    """
+
+    rows: pa.Table
+    keys: list[str]
+
+    @staticmethod
+    def of(shard: OutputShard, catalog: Catalog) -> ShardContent:
+        """Read the rows of an output shard."""
+        rows = _rows(shard, catalog)
+        return ShardContent(rows, _unique_keys(rows))
+
+    @property
+    def sidecar(self) -> pa.Table:
+        """The table that lies beside the tar."""
+        return _sidecar(self.rows, self.keys)
+
+    def write_tar(self, out: HashingWriter, read_options: StorageOptions | None = None) -> None:
+        """Write the tar; `read_options` are those of the input shards."""
+        _copy_samples(self.rows, self.keys, out, read_options)
 
 
 def _rows(shard: OutputShard, catalog: Catalog) -> pa.Table:
