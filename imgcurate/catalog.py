@@ -321,6 +321,10 @@ class Catalog:
         """Write a part of the first phase, or the merged one."""
         write_parquet(self.part_url(number), table, self.storage_options)
 
+    def remove_part(self, number: int) -> None:
+        """Delete a part, so that it is made again."""
+        remove(self.part_url(number), self.storage_options)
+
     def write_delta(self, number: int, table: pa.Table) -> None:
         """Write what the last phase set in a part."""
         url = join_url(self.phase_folder(self.phases[-1]), part_name(number))

@@ -1,72 +1,44 @@
-"""The command line, and nothing else."""
+"""The command line, and nothing else: what makes runs; :mod:`imgcurate.commands` has what looks at them."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import dask
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
-from imgcurate import schema
+from imgcurate import commands, schema
+from imgcurate.console import (
+    Device,
+    Inputs,
+    MaxFailed,
+    Output,
+    Overwrite,
+    Quiet,
+    Resume,
+    RetryFailed,
+    Scheduler,
+    StoppedError,
+    StorageOption,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    Workers,
+    app,
+    run_command,
+)
 from imgcurate.errors import ConfigError, ImgcurateError, printable
 
-__all__ = ["app", "main"]
+__all__ = ["app", "commands", "main"]
 
-app = typer.Typer(
-    name="imgcurate",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Curate image data sets in WebDataset shards: embed, score, filter, remove duplicates, write shards.",
-)
 _debug = False
-_MAX_SHARD_ROWS: Final = 50
-_MAX_PROBLEM_ROWS: Final = 20
-_MAX_EXTENSIONS: Final = 30
-_PLAIN_EVERY_S: Final = 10.0
 _MAX_MESSAGE: Final = 2000
-
-Inputs = Annotated[
-    list[str], typer.Argument(metavar="INPUT...", help="Tars, Parquet, folders: paths, URLs, globs, {braces}.")
-]
-Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of the run.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
-Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
-TlsCa = Annotated[str | None, typer.Option("--tls-ca-file", help="PEM file of the CA of a tls:// scheduler.")]
-TlsCert = Annotated[str | None, typer.Option("--tls-cert", help="PEM file of the client's certificate.")]
-TlsKey = Annotated[str | None, typer.Option("--tls-key", help="PEM file of the client's private key.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in the output folder.")]
-StorageOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--storage-option", metavar="KEY=VALUE",
-        help="Option of the inputs' store, such as anon=true or client_kwargs.endpoint_url=URL; repeatable.",
-    ),
-]  # fmt: skip
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the accounting alone.")]
-
-
-class _StoppedError(ImgcurateError):
-    """Ctrl-C during a run; typer would end the process without a word."""
 
 
 def _version(show: bool) -> None:
@@ -115,7 +87,11 @@ def demo(
     )
     stages = [ImageEmbeddingStage(model="tiny-image"), SemanticDedupStage(eps=truth.eps)]
     pipeline = _pipeline([str(folder / "shards" / "*.tar")], stages, images_per_tar=100)
-    result = _run(pipeline, str(out), device, workers, scheduler=None, overwrite=True, quiet=False)
+    pipeline.plan()
+    result = run_command(
+        partial(pipeline.run, str(out)), device=device, n_workers=workers, scheduler=None, tls=(None,) * 3,
+        overwrite=True, quiet=False,
+    )  # fmt: skip
     found = check_demo(truth, result)
     typer.echo(
         f"found {found.found} of {found.planted} planted near-duplicates, {found.merged} distinct photos merged, "
@@ -175,6 +151,9 @@ def curate(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    max_failed: MaxFailed = None,
+    retry_failed: RetryFailed = False,
     quiet: Quiet = False,
 ) -> None:
     """Curate shards: embed, score, filter, remove duplicates, write what is kept."""
@@ -222,8 +201,11 @@ def curate(
     pipeline = _pipeline(
         inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **limits
     )
-    result = _run(
-        pipeline, output, device, workers, scheduler, overwrite, quiet, (tls_ca_file, tls_cert, tls_key)
+    pipeline.plan()
+    result = run_command(
+        partial(pipeline.run, output), device=device, n_workers=workers, scheduler=scheduler,
+        tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite, resume=resume, max_failed=max_failed or 0,
+        retry_failed=retry_failed, quiet=quiet,
     )  # fmt: skip
     typer.echo(result.accounting())
 
@@ -239,6 +221,9 @@ def run(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    max_failed: MaxFailed = None,
+    retry_failed: RetryFailed = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a pipeline that a YAML file describes."""
@@ -248,124 +233,15 @@ def run(
     if config.imports_stages:
         # They are imported from where the command runs, as Python does it; nothing else is.
         sys.path.insert(0, str(Path.cwd()))
-    result = _run(
-        config.pipeline(), output, device or config.device, workers or config.workers,
-        scheduler or config.scheduler, overwrite, quiet, (tls_ca_file, tls_cert, tls_key),
+    stages = config.pipeline()
+    stages.plan()
+    result = run_command(
+        partial(stages.run, output), device=device or config.device, n_workers=workers or config.workers,
+        scheduler=scheduler or config.scheduler, tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite,
+        resume=resume, max_failed=max_failed if max_failed is not None else config.max_failed,
+        retry_failed=retry_failed, quiet=quiet,
     )  # fmt: skip
     typer.echo(result.accounting())
-
-
-@app.command(epilog="Example: imgcurate dedup embeddings.parquet -o OUT --id-field id --eps 0.05")
-def dedup(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(metavar="EMBEDDINGS...", help="Parquet, npy, folders of these or of clip-retrieval, globs."),
-    ],
-    output: Output,
-    id_field: Annotated[str, typer.Option(help="Column of ids: integers, strings or bytes.")] = "id",
-    embedding_field: Annotated[str, typer.Option(help="Column of lists of numbers.")] = "embedding",
-    eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
-    eps_list: Annotated[list[float] | None, typer.Option(help="Count for this eps too; repeatable.")] = None,
-    n_clusters: Annotated[int | None, typer.Option(min=1, help="k-means clusters; chosen if not given.")] = None,
-    n_probe: Annotated[int, typer.Option(min=1, help="Clusters in which a row is looked for.")] = 2,
-    max_probe: Annotated[int, typer.Option(min=1, help="Up to so many where a near row is likely.")] = 8,
-    which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of equals.")] = "hard",
-    keep_by: Annotated[
-        list[str] | None, typer.Option(help="Column that decides first who stays; repeatable. '-' prefers the larger.")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="representatives, or semdedup: the published rule.")] = "representatives",
-    reference: Annotated[
-        list[str] | None, typer.Option(help="Embeddings whose rows stay in any case; repeatable.")
-    ] = None,
-    only_reference: Annotated[
-        bool, typer.Option("--only-reference", help="Compare with the reference alone, as for an evaluation set.")
-    ] = False,
-    storage_option: StorageOption = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    scheduler: Scheduler = None,
-    tls_ca_file: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-) -> None:
-    """Remove duplicates among embeddings of any source: which ids stay, and what the others duplicate."""
-    from imgcurate.config import storage_options
-    from imgcurate.standalone import dedup_embeddings
-
-    try:
-        with _progress(quiet) as progress:
-            result = dedup_embeddings(
-                inputs, output, id_field=id_field, embedding_field=embedding_field, eps=eps,
-                eps_list=eps_list or (), n_clusters=n_clusters or "auto", n_probe=n_probe, max_probe=max_probe,
-                which_to_keep=which_to_keep, keep_by=keep_by or (), mode=mode, reference=reference or (),
-                only_reference=only_reference, storage_options=storage_options(storage_option or []),
-                scheduler=scheduler, security=_security(scheduler, (tls_ca_file, tls_cert, tls_key)),
-                device=device, n_workers=workers, overwrite=overwrite, progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt as exc:
-        raise _StoppedError from exc
-    typer.echo(result.accounting())
-
-
-@app.command(epilog="Example: imgcurate inspect 'shards/*.tar'")
-def inspect(
-    inputs: Inputs,
-    storage_option: StorageOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object.")] = False,
-) -> None:
-    """Show what is in shards, without decoding: samples, members, sizes, problems."""
-    from imgcurate.config import storage_options
-    from imgcurate.inspection import inspect_shards
-
-    report = inspect_shards(inputs, storage_options=storage_options(storage_option or []))
-    if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=1))
-        return
-    console = Console()
-    table = Table("shard", *(c for c in ("samples", "ok", "members", "bytes", "problems")))
-    for shard in report.shards[:_MAX_SHARD_ROWS]:
-        numbers = (f"{n:,}" for n in (shard.samples, shard.ok, shard.members, shard.nbytes))
-        table.add_row(
-            escape(printable(shard.url)), *numbers, ", ".join(f"{n} {kind}" for kind, n in shard.problems.items())
-        )
-    console.print(table)
-    if len(report.shards) > _MAX_SHARD_ROWS:
-        typer.echo(f"... and {len(report.shards) - _MAX_SHARD_ROWS:,} more shards")
-    for line in report.details[:_MAX_PROBLEM_ROWS]:
-        typer.echo(printable(line))
-    if len(report.details) > _MAX_PROBLEM_ROWS:
-        typer.echo(f"... and {len(report.details) - _MAX_PROBLEM_ROWS:,} more problems (--json shows all)")
-    members = [f"{n:,} {printable(ext)}" for ext, n in report.extensions.items()]
-    if len(members) > _MAX_EXTENSIONS:
-        members[_MAX_EXTENSIONS:] = [f"and {len(members) - _MAX_EXTENSIONS:,} more extensions"]
-    typer.echo("members: " + (", ".join(members) or "none"))
-    typer.echo(report.summary())
-
-
-@app.command(epilog="Example: imgcurate verify OUT")
-def verify(
-    output: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Leave the inputs alone.")] = False,
-    storage_option: StorageOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object.")] = False,
-    workers: Workers = None,
-    scheduler: Scheduler = None,
-    quiet: Quiet = False,
-) -> None:
-    """Prove that a run is whole, and that every byte is as in its input. Exit code 1 if not."""
-    from imgcurate.config import storage_options
-    from imgcurate.verification import verify_run
-
-    options = storage_options(storage_option or [])
-    with _progress(quiet or as_json) as progress:
-        done = verify_run(
-            output, storage_options=options, quick=quick, scheduler=scheduler, n_workers=workers, progress=progress
-        )
-    typer.echo(json.dumps(done.as_dict(), indent=1) if as_json else "\n".join(done.lines(_MAX_PROBLEM_ROWS)))
-    if not done.ok:
-        raise typer.Exit(1)
 
 
 def _pipeline(
@@ -394,94 +270,11 @@ def _pipeline(
     )
 
 
-def _run(
-    pipeline: Any,
-    output: str,
-    device: str,
-    workers: int | None,
-    scheduler: str | None,
-    overwrite: bool,
-    quiet: bool,
-    tls: tuple[str | None, str | None, str | None] = (None, None, None),
-) -> Any:
-    from imgcurate.backend import get_backend, why_no_gpu
-
-    pipeline.plan()
-    security = _security(scheduler, tls)
-    if scheduler is None:
-        backend = get_backend(device)
-        if device == "auto" and not backend.is_gpu and not quiet:
-            typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
-    try:
-        with _progress(quiet) as progress:
-            result = pipeline.run(
-                output, scheduler=scheduler, security=security, device=device, n_workers=workers,
-                overwrite=overwrite, progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt as exc:
-        raise _StoppedError from exc
-    if not quiet and not result.shards:
-        why = "nothing was kept" if not result.kept else "the pipeline has no ImageWriterStage"
-        typer.echo(f"no shards were written: {why}", err=True)
-    return result
-
-
-def _security(scheduler: str | None, tls: tuple[str | None, str | None, str | None]) -> Any:
-    from imgcurate.cluster import tls_security
-
-    if scheduler is None and any(tls):
-        raise ConfigError("--tls-ca-file, --tls-cert and --tls-key go with --scheduler")
-    return tls_security(*tls)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Any:
-    """Yield a callback that shows one line per phase; plain lines where there is no terminal."""
-    console = Console(stderr=True)
-    if quiet:
-        yield None
-        return
-    if not console.is_terminal:
-        yield _plain_progress()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[kept]}"))  # fmt: skip
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-        seen: dict[str, list[int]] = {}
-
-        def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total, kept="")
-                seen[phase] = [0, 0]
-            if result and all(isinstance(v, int) for v in result.values()):
-                seen[phase][0] += result.get(schema.STATUS_OK, 0)
-                seen[phase][1] += sum(result.values())
-            ok, rows = seen[phase]
-            bars.update(tasks[phase], completed=done, kept=f"{ok:,} of {rows:,} ok" if rows else "")
-
-        yield show
-
-
-def _plain_progress() -> Callable[[str, int, int, dict[str, Any]], None]:
-    """Return a callback that writes a line when a phase ends, and every few seconds until then."""
-    last = time.monotonic()
-
-    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-        nonlocal last
-        del result
-        if done == total or time.monotonic() - last >= _PLAIN_EVERY_S:
-            last = time.monotonic()
-            typer.echo(f"{phase}: {done:,} of {total:,}", err=True)
-
-    return show
-
-
 def main() -> None:
     """Run the command line: exit code 0 done, 1 the run failed, 2 wrong usage or configuration."""
     try:
         app()
-    except _StoppedError:
+    except StoppedError:
         _fail("stopped", "run the same command again to go on", 1)
     except ImgcurateError as exc:
         _fail("wrong usage" if isinstance(exc, ConfigError) else "failed", str(exc), exc.exit_code)

@@ -68,6 +68,8 @@ class RunConfig(BaseModel):
         Workers of the local cluster.
     scheduler : str, optional
         Address of a running Dask scheduler.
+    max_failed : int
+        How many partitions may fail; see :meth:`Pipeline.run`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -80,6 +82,7 @@ class RunConfig(BaseModel):
     device: str = "auto"
     workers: int | None = Field(default=None, ge=1)
     scheduler: str | None = None
+    max_failed: int = Field(default=0, ge=0)
 
     @property
     def imports_stages(self) -> bool:

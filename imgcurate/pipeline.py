@@ -15,7 +15,7 @@ from imgcurate.origins import ShardOrigin
 from imgcurate.plan import Plan, make_plan
 from imgcurate.results import Result
 from imgcurate.runner import Run
-from imgcurate.stages.base import Stage, stage_config
+from imgcurate.stages.base import Stage, check_count, stage_config
 from imgcurate.storage import is_local, local_path
 
 __all__ = ["Pipeline", "Result"]
@@ -64,6 +64,8 @@ class Pipeline:
         n_workers: int | None = None,
         overwrite: bool = False,
         resume: bool = False,
+        max_failed: int = 0,
+        retry_failed: bool = False,
         progress: Progress | None = None,
     ) -> Result:
         """Run the pipeline, or go on with a run that was stopped.
@@ -90,6 +92,12 @@ class Pipeline:
             Delete another run in `output_dir` first.
         resume : bool
             Refuse to begin: `output_dir` has to hold this run.
+        max_failed : int
+            How many partitions may fail for good, after a second chance alone on the cluster: by an error
+            of a stage, or because they kill their worker. Their samples have the status ``failed``. If more
+            fail, the run ends with an error once all others are done, and can go on.
+        retry_failed : bool
+            Try the partitions again that failed in a run which is done.
         progress : callable, optional
             Called as partitions end.
 
@@ -108,6 +116,8 @@ class Pipeline:
             If weights are missing.
         CatalogError
             If the accounting does not add up.
+        PartitionsError
+            If more partitions failed than may.
         ClusterError
             If the given cluster cannot be used: see :mod:`imgcurate.preflight`.
         """
@@ -116,7 +126,11 @@ class Pipeline:
         if folder is None:
             raise ConfigError("no output folder: name it in run(output_dir) or ImageWriterStage(output_dir)")
         folder = str(Path(local_path(folder)).absolute()) if is_local(folder) else folder
-        run = Run(plan, self._described, ShardOrigin(plan, folder), folder, progress)
+        check_count("max_failed", max_failed, 0)
+        run = Run(
+            plan, self._described, ShardOrigin(plan, folder), folder, progress,
+            max_failed=max_failed, retry_failed=retry_failed,
+        )  # fmt: skip
         return run.start(
             client=client, scheduler=scheduler, security=security, device=device, n_workers=n_workers,
             overwrite=overwrite, resume=resume,

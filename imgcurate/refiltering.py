@@ -7,6 +7,7 @@ ever, and the kept samples are copied from the same inputs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.registry import find_stage, make_stage
 from imgcurate.stages.writer import ImageWriterStage
-from imgcurate.storage import StorageOptions, is_local, local_path
+from imgcurate.storage import StorageOptions, exists, is_local, local_path
 
 __all__ = ["refilter"]
 
@@ -272,11 +273,11 @@ class _CatalogOrigin(Origin):
         sidecars = Sidecars(tuple((s, n, pa.null()) for s, n, _ in config.get("sidecars", [])))
         urls = [i["url"] for i in config["inputs"] if "nbytes" in i]
         folders = sorted({i["url"] for i in config["inputs"] if "nbytes" not in i})
-        try:
-            shards = [Shard(url) for url in urls] + (find_shards(folders, self.options) if folders else [])
-            described = describe_shards(shards, self.options, sidecars)
-        except InputError:
-            described = []
+        shards = [Shard(url) for url in urls if exists(url, self.options)]
+        for folder in folders:
+            with contextlib.suppress(InputError):
+                shards += find_shards(folder, self.options)
+        described = describe_shards(shards, self.options, sidecars)
         there = {json.dumps(d, sort_keys=True, default=str) for d in described}
         return [
             i if json.dumps(i, sort_keys=True) in there else {"url": i["url"], "is": "gone or changed"}

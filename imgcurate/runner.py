@@ -15,6 +15,7 @@ from typing import Any, Final
 import dask.dataframe as dd
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from distributed import Client
 from distributed.security import Security
 
@@ -61,6 +62,10 @@ class Run:
         The output folder.
     progress : callable, optional
         Called as partitions end.
+    max_failed : int
+        How many partitions of the first phase may fail.
+    retry_failed : bool
+        Whether partitions that failed in a run which is done are tried again.
     """
 
     client: Client
@@ -68,9 +73,10 @@ class Run:
 
     def __init__(
         self, plan: Plan, stages: Callable[[], list[dict[str, Any]]], origin: Origin, folder: str,
-        progress: Progress | None,
+        progress: Progress | None, *, max_failed: int = 0, retry_failed: bool = False,
     ) -> None:  # fmt: skip
         self.plan, self.stages, self.origin, self.folder, self.progress = plan, stages, origin, folder, progress
+        self.max_failed, self.retry_failed = max_failed, retry_failed
         self.types = plan.types | origin.types
         self.timings_s: dict[str, float] = {}
         origin.arrange(Manifest.load(folder))
@@ -109,7 +115,11 @@ class Run:
         manifest = find_run(self.folder, self._config, work=_WORK, overwrite=overwrite, resume=resume, grows=True)
         if manifest is None or manifest.state != "done" or manifest.fingerprint != fingerprint(self._config):
             return None
-        return self._result(manifest)
+        return None if self._retries(manifest) else self._result(manifest)
+
+    def _retries(self, manifest: Manifest) -> bool:
+        """Whether partitions that failed in a run which is done are to be tried again."""
+        return self.retry_failed and manifest.counts.get(schema.STATUS_FAILED, 0) > 0
 
     def _start(self, *, overwrite: bool, resume: bool) -> Result:
         make_folder(self.folder)
@@ -122,6 +132,10 @@ class Run:
 
     def _execute(self, manifest: Manifest) -> Result:
         catalog = Catalog(self.folder, self.origin.n_parts)
+        if manifest.state == "done" and self._retries(manifest):
+            manifest.state, manifest.exporting = "growing", False
+            manifest.save(self.folder)
+            Success.withdraw(self.folder)
         if manifest.state == "growing":
             self._take_back(catalog, manifest)
         if manifest.state != "done":
@@ -140,11 +154,10 @@ class Run:
         return self._result(manifest)
 
     def _take_back(self, catalog: Catalog, manifest: Manifest) -> None:
-        """Bring the parts of a run whose inputs have grown to the state after the first phase."""
-        if len(self.plan.phases) > 1:
-            there = sorted(set(range(catalog.n_parts)) - set(catalog.missing_parts()))
-            columns = self._columns(self.plan.phases[0])
-            self._waves("take back", there, lambda n: call_frame(_reset_part, n, n, catalog=catalog, columns=columns))
+        """Bring the parts of a run that goes on to the state after the first phase; remove those that failed."""
+        there = sorted(set(range(catalog.n_parts)) - set(catalog.missing_parts()))
+        columns = self._columns(self.plan.phases[0])
+        self._waves("take back", there, lambda n: call_frame(_reset_part, n, n, catalog=catalog, columns=columns))
         catalog.remove_checkpoints()
         manifest.state = "running"
         manifest.save(self.folder)
@@ -189,8 +202,7 @@ class Run:
             with self._timed(phase.name):
                 if number == 0:
                     catalog.make_folders()
-                    read = partial(self._first_phase, catalog=catalog)
-                    self._waves(phase.label, catalog.missing_parts(), read)
+                    self._read(phase, catalog)
                     continue
                 before, catalog = catalog, catalog.with_phase(phase.name)
                 catalog.make_folders()
@@ -198,6 +210,28 @@ class Run:
                 if missing:
                     self._waves(phase.label, missing, self._later_phase(phase, before, catalog))
         return catalog
+
+    def _read(self, phase: Phase, catalog: Catalog) -> None:
+        """Make the parts that are missing; rows of partitions that may fail, and do, say why."""
+        failed: dict[int, str] = {}
+        run_waves(
+            self.client, partial(self._first_phase, catalog=catalog), catalog.missing_parts(), phase=phase.label,
+            resources=self._resources(), progress=self.progress, max_failed=self.max_failed, failed=failed,
+        )  # fmt: skip
+        if failed:
+            for number, reason in failed.items():
+                logger.warning("partition %d failed and is left out: %s", number, reason)
+            self._waves("failed", sorted(failed), partial(self._failed_parts, catalog=catalog, failed=failed))
+
+    def _failed_parts(self, numbers: list[int], catalog: Catalog, failed: dict[int, str]) -> dd.DataFrame:
+        """Return the frame that writes the index of some partitions, and why they have nothing else."""
+        ddf = self.origin.frame(numbers, (), catalog, self.device)
+        given = schema.arrow_schema(ddf.columns, self.types)
+        out = schema.arrow_schema(self._columns(self.plan.phases[0]), self.types)
+        return dd.map_partitions(
+            _write_failed, ddf, number_frame(numbers), catalog, given, out, {n: failed[n] for n in numbers},
+            meta=RESULT_META, align_dataframes=False,
+        )  # fmt: skip
 
     def _columns(self, phase: Phase) -> list[str]:
         """Return the columns of the catalog after the first phase."""
@@ -339,6 +373,22 @@ def _write_part(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Sch
     return result_frame(number, kept_counts(table))
 
 
+def _write_failed(
+    frame: Any, numbers: pd.DataFrame, catalog: Catalog, given: pa.Schema, out: pa.Schema, failed: dict[int, str]
+) -> pd.DataFrame:
+    number = int(numbers["number"].iloc[0])
+    backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
+    table = backend.frame_to_arrow(frame, given)
+    was_ok = pc.equal(table[schema.STATUS], schema.STATUS_OK)
+    columns = {f.name: table[f.name] if f.name in given.names else pa.nulls(len(table), f.type) for f in out}
+    columns[schema.STATUS] = pc.if_else(was_ok, schema.STATUS_FAILED, table[schema.STATUS])
+    columns[schema.REASON] = pc.if_else(was_ok, f"the partition failed: {failed[number]}", table[schema.REASON])
+    table = pa.table(columns).cast(out)
+    catalog.write_part(number, table)
+    catalog.attempts.end(number)
+    return result_frame(number, kept_counts(table))
+
+
 def _count_part(number: int, catalog: Catalog) -> dict[str, Any]:
     return kept_counts(catalog.read(number, [schema.STATUS]))
 
@@ -349,5 +399,8 @@ def _finish_part(number: int, catalog: Catalog) -> dict[str, Any]:
 
 
 def _reset_part(number: int, catalog: Catalog, columns: Sequence[str]) -> dict[str, Any]:
-    catalog.reset(number, columns)
+    if kept_counts(catalog.read(number, [schema.STATUS])).get(schema.STATUS_FAILED):
+        catalog.remove_part(number)
+    else:
+        catalog.reset(number, columns)
     return {}

@@ -202,7 +202,7 @@ def test_what_a_stage_decided_by_itself_is_refused(tars, tmp_path, client) -> No
 
 def test_folders_that_are_no_finished_run_are_refused(run, tmp_path, client) -> None:
     with pytest.raises(InputError, match="is not the output folder of a finished run"):
-        refilter(str(tmp_path), str(tmp_path / "OUT2"), client=client)
+        refilter(str(tmp_path / "nothing"), str(tmp_path / "OUT2"), client=client)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run.output_dir, unfinished)
     manifest = json.loads((unfinished / "manifest.json").read_text())

@@ -1,0 +1,216 @@
+"""The commands that look at inputs and at what runs left: ``refilter dedup inspect verify``."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from imgcurate.console import (
+    Device,
+    Inputs,
+    Json,
+    Output,
+    Overwrite,
+    Quiet,
+    Resume,
+    Scheduler,
+    StorageOption,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    Workers,
+    app,
+    run_command,
+    running,
+    security,
+)
+from imgcurate.errors import printable
+
+__all__ = ["dedup", "inspect", "refilter", "verify"]
+
+_MAX_SHARD_ROWS: Final = 50
+_MAX_PROBLEM_ROWS: Final = 20
+_MAX_EXTENSIONS: Final = 30
+
+
+@app.command(epilog="Example: imgcurate refilter OUT -o OUT2 --min-aesthetic 0.55 --eps 0.03")
+def refilter(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a finished run.")],
+    output: Output,
+    min_aesthetic: Annotated[float | None, typer.Option(min=0, max=1, help="Keep aesthetic_score >= F.")] = None,
+    max_nsfw: Annotated[float | None, typer.Option(min=0, max=1, help="Keep nsfw_score < F.")] = None,
+    quality: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=MIN:MAX", help="Keep these ranges, and no others; repeatable.")
+    ] = None,
+    exact_dedup: Annotated[bool | None, typer.Option(help="Remove images of the same bytes, or not.")] = None,
+    perceptual: Annotated[
+        int | None, typer.Option(min=0, max=16, help="pHashes of duplicates differ in N bits.")
+    ] = None,
+    no_perceptual: Annotated[bool, typer.Option("--no-perceptual", help="Leave perceptual dedup out.")] = False,
+    dedup: Annotated[bool | None, typer.Option(help="Remove semantic duplicates, or not.")] = None,
+    eps: Annotated[float | None, typer.Option(min=0, max=1, help="Duplicates have a cosine >= 1 - eps.")] = None,
+    n_clusters: Annotated[int | None, typer.Option(min=1, help="Clusters for dedup.")] = None,
+    which_to_keep: Annotated[str | None, typer.Option(help="hard, easy or random: who stays of equals.")] = None,
+    keep_by: Annotated[list[str] | None, typer.Option(help="What decides first who stays; repeatable.")] = None,
+    reference: Annotated[list[str] | None, typer.Option(help="Run whose kept samples stay kept; repeatable.")] = None,
+    images_per_tar: Annotated[int | None, typer.Option(min=1, help="Samples per output shard.")] = None,
+    storage_option: StorageOption = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    tls_ca_file: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decide a finished run anew, without decoding an image: what is not given stays as it was."""
+    from imgcurate.config import quality_ranges, storage_options
+    from imgcurate.refiltering import refilter as decide
+
+    changes: dict[str, dict[str, Any]] = {
+        "ImageAestheticFilterStage": {"score_threshold": min_aesthetic},
+        "ImageNSFWFilterStage": {"score_threshold": max_nsfw},
+        "ImageQualityFilterStage": {"ranges": quality_ranges(quality) if quality else None},
+        "ExactDedupStage": {"keep_by": keep_by if exact_dedup else None},
+        "PerceptualDedupStage": {
+            "max_distance": perceptual, "keep_by": keep_by if perceptual is not None else None,
+        },
+        "SemanticDedupStage": {
+            "eps": eps, "n_clusters": n_clusters, "which_to_keep": which_to_keep, "keep_by": keep_by,
+            "reference": reference,
+        },
+        "ImageWriterStage": {"images_per_tar": images_per_tar},
+    }  # fmt: skip
+    given: dict[str, dict[str, Any] | None] = {}
+    asked = {"ExactDedupStage": exact_dedup, "SemanticDedupStage": dedup}
+    for stage, params in changes.items():
+        some = {k: v for k, v in params.items() if v is not None}
+        if some or asked.get(stage):
+            given[stage] = some
+    given |= {stage: None for stage, wanted in asked.items() if wanted is False}
+    if no_perceptual:
+        given["PerceptualDedupStage"] = None
+    result = run_command(
+        partial(decide, run, output, given, storage_options=storage_options(storage_option or [])),
+        device=device, n_workers=workers, scheduler=scheduler, tls=(tls_ca_file, tls_cert, tls_key),
+        overwrite=overwrite, resume=resume, quiet=quiet,
+    )  # fmt: skip
+    typer.echo(result.accounting())
+
+
+@app.command(epilog="Example: imgcurate dedup embeddings.parquet -o OUT --id-field id --eps 0.05")
+def dedup(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="EMBEDDINGS...", help="Parquet, npy, folders of these or of clip-retrieval, globs."),
+    ],
+    output: Output,
+    id_field: Annotated[str, typer.Option(help="Column of ids: integers, strings or bytes.")] = "id",
+    embedding_field: Annotated[str, typer.Option(help="Column of lists of numbers.")] = "embedding",
+    eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
+    eps_list: Annotated[list[float] | None, typer.Option(help="Count for this eps too; repeatable.")] = None,
+    n_clusters: Annotated[int | None, typer.Option(min=1, help="k-means clusters; chosen if not given.")] = None,
+    n_probe: Annotated[int, typer.Option(min=1, help="Clusters in which a row is looked for.")] = 2,
+    max_probe: Annotated[int, typer.Option(min=1, help="Up to so many where a near row is likely.")] = 8,
+    which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of equals.")] = "hard",
+    keep_by: Annotated[
+        list[str] | None, typer.Option(help="Column that decides first who stays; repeatable. '-' prefers the larger.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="representatives, or semdedup: the published rule.")] = "representatives",
+    reference: Annotated[
+        list[str] | None, typer.Option(help="Embeddings whose rows stay in any case; repeatable.")
+    ] = None,
+    only_reference: Annotated[
+        bool, typer.Option("--only-reference", help="Compare with the reference alone, as for an evaluation set.")
+    ] = False,
+    storage_option: StorageOption = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    tls_ca_file: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove duplicates among embeddings of any source: which ids stay, and what the others duplicate."""
+    from imgcurate.config import storage_options
+    from imgcurate.standalone import dedup_embeddings
+
+    with running(quiet) as progress:
+        result = dedup_embeddings(
+            inputs, output, id_field=id_field, embedding_field=embedding_field, eps=eps,
+            eps_list=eps_list or (), n_clusters=n_clusters or "auto", n_probe=n_probe, max_probe=max_probe,
+            which_to_keep=which_to_keep, keep_by=keep_by or (), mode=mode, reference=reference or (),
+            only_reference=only_reference, storage_options=storage_options(storage_option or []),
+            scheduler=scheduler, security=security(scheduler, (tls_ca_file, tls_cert, tls_key)),
+            device=device, n_workers=workers, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    typer.echo(result.accounting())
+
+
+@app.command(epilog="Example: imgcurate inspect 'shards/*.tar'")
+def inspect(
+    inputs: Inputs,
+    storage_option: StorageOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in shards, without decoding: samples, members, sizes, problems."""
+    from imgcurate.config import storage_options
+    from imgcurate.inspection import inspect_shards
+
+    report = inspect_shards(inputs, storage_options=storage_options(storage_option or []))
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+        return
+    console = Console()
+    table = Table("shard", *(c for c in ("samples", "ok", "members", "bytes", "problems")))
+    for shard in report.shards[:_MAX_SHARD_ROWS]:
+        numbers = (f"{n:,}" for n in (shard.samples, shard.ok, shard.members, shard.nbytes))
+        table.add_row(
+            escape(printable(shard.url)), *numbers, ", ".join(f"{n} {kind}" for kind, n in shard.problems.items())
+        )
+    console.print(table)
+    if len(report.shards) > _MAX_SHARD_ROWS:
+        typer.echo(f"... and {len(report.shards) - _MAX_SHARD_ROWS:,} more shards")
+    for line in report.details[:_MAX_PROBLEM_ROWS]:
+        typer.echo(printable(line))
+    if len(report.details) > _MAX_PROBLEM_ROWS:
+        typer.echo(f"... and {len(report.details) - _MAX_PROBLEM_ROWS:,} more problems (--json shows all)")
+    members = [f"{n:,} {printable(ext)}" for ext, n in report.extensions.items()]
+    if len(members) > _MAX_EXTENSIONS:
+        members[_MAX_EXTENSIONS:] = [f"and {len(members) - _MAX_EXTENSIONS:,} more extensions"]
+    typer.echo("members: " + (", ".join(members) or "none"))
+    typer.echo(report.summary())
+
+
+@app.command(epilog="Example: imgcurate verify OUT")
+def verify(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Leave the inputs alone.")] = False,
+    storage_option: StorageOption = None,
+    as_json: Json = False,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that a run is whole, and that every byte is as in its input. Exit code 1 if not."""
+    from imgcurate.config import storage_options
+    from imgcurate.verification import verify_run
+
+    options = storage_options(storage_option or [])
+    with running(quiet or as_json) as progress:
+        done = verify_run(
+            output, storage_options=options, quick=quick, scheduler=scheduler, n_workers=workers, progress=progress
+        )
+    typer.echo(json.dumps(done.as_dict(), indent=1) if as_json else "\n".join(done.lines(_MAX_PROBLEM_ROWS)))
+    if not done.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,194 @@
+"""What the commands share: their options, how they show progress, how they end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from typer.core import TyperGroup
+
+from imgcurate import schema
+from imgcurate.errors import ConfigError, ImgcurateError
+
+__all__ = [
+    "Device",
+    "Inputs",
+    "Json",
+    "MaxFailed",
+    "Output",
+    "Overwrite",
+    "Quiet",
+    "Resume",
+    "RetryFailed",
+    "Scheduler",
+    "StoppedError",
+    "StorageOption",
+    "Tls",
+    "TlsCa",
+    "TlsCert",
+    "TlsKey",
+    "Workers",
+    "app",
+    "run_command",
+    "running",
+    "security",
+]
+
+_PLAIN_EVERY_S: Final = 10.0
+
+_ORDER: Final = ("demo", "curate", "run", "refilter", "verify", "inspect", "dedup")
+
+
+class _InOrder(TyperGroup):
+    """The commands in the order in which they are needed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+
+app = typer.Typer(
+    name="imgcurate",
+    cls=_InOrder,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Curate image data sets in WebDataset shards: embed, score, filter, remove duplicates, write shards.",
+)
+
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="INPUT...", help="Tars, Parquet, folders: paths, URLs, globs, {braces}.")
+]
+Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of the run.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
+Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
+TlsCa = Annotated[str | None, typer.Option("--tls-ca-file", help="PEM file of the CA of a tls:// scheduler.")]
+TlsCert = Annotated[str | None, typer.Option("--tls-cert", help="PEM file of the client's certificate.")]
+TlsKey = Annotated[str | None, typer.Option("--tls-key", help="PEM file of the client's private key.")]
+Tls = tuple[str | None, str | None, str | None]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in the output folder.")]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage-option", metavar="KEY=VALUE",
+        help="Option of the inputs' store, such as anon=true or client_kwargs.endpoint_url=URL; repeatable.",
+    ),
+]  # fmt: skip
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the accounting alone.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder: it has to be there.")]
+MaxFailed = Annotated[
+    int | None, typer.Option(min=0, help="Partitions that may fail; their samples are 'failed' rows. Default: 0.")
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try partitions again that failed in a done run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object.")]
+
+
+class StoppedError(ImgcurateError):
+    """Ctrl-C or SIGTERM during a run; typer would end the process without a word."""
+
+
+@contextmanager
+def running(quiet: bool) -> Iterator[Any]:
+    """Yield a callback that shows progress; Ctrl-C and SIGTERM end what runs in this context, and say how to go on.
+
+    Raises
+    ------
+    StoppedError
+        If one of them comes.
+    """
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with _progress(quiet) as progress:
+            yield progress
+    except KeyboardInterrupt as exc:
+        raise StoppedError from exc
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: Any) -> None:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def run_command(
+    execute: Callable[..., Any], *, device: str, scheduler: str | None, tls: Tls, quiet: bool, **options: Any
+) -> Any:
+    """Execute something as Pipeline.run does, with progress; say how it ended, and return its result."""
+    from imgcurate.backend import get_backend, why_no_gpu
+
+    options["security"] = security(scheduler, tls)
+    if scheduler is None:
+        backend = get_backend(device)
+        if device == "auto" and not backend.is_gpu and not quiet:
+            typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
+    with running(quiet) as progress:
+        result = execute(scheduler=scheduler, device=device, progress=progress, **options)
+    if not quiet and not result.shards:
+        why = "nothing was kept" if not result.kept else "the pipeline has no ImageWriterStage"
+        typer.echo(f"no shards were written: {why}", err=True)
+    return result
+
+
+def security(scheduler: str | None, tls: Tls) -> Any:
+    """Return what the TLS options say; None if they say nothing."""
+    from imgcurate.cluster import tls_security
+
+    if scheduler is None and any(tls):
+        raise ConfigError("--tls-ca-file, --tls-cert and --tls-key go with --scheduler")
+    return tls_security(*tls)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """Yield a callback that shows one line per phase; plain lines where there is no terminal."""
+    console = Console(stderr=True)
+    if quiet:
+        yield None
+        return
+    if not console.is_terminal:
+        yield _plain_progress()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[kept]}"))  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+        seen: dict[str, list[int]] = {}
+
+        def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total, kept="")
+                seen[phase] = [0, 0]
+            if result and all(isinstance(v, int) for v in result.values()):
+                seen[phase][0] += result.get(schema.STATUS_OK, 0)
+                seen[phase][1] += sum(result.values())
+            ok, rows = seen[phase]
+            bars.update(tasks[phase], completed=done, kept=f"{ok:,} of {rows:,} ok" if rows else "")
+
+        yield show
+
+
+def _plain_progress() -> Callable[[str, int, int, dict[str, Any]], None]:
+    """Return a callback that writes a line when a phase ends, and every few seconds until then."""
+    last = time.monotonic()
+
+    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+        nonlocal last
+        del result
+        if done == total or time.monotonic() - last >= _PLAIN_EVERY_S:
+            last = time.monotonic()
+            typer.echo(f"{phase}: {done:,} of {total:,}", err=True)
+
+    return show
