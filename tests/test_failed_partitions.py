@@ -1,0 +1,111 @@
+"""Partitions that fail: by a stage's error, by killing their worker; what is done about them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client
+
+from imgcurate import ImageBatch, Pipeline, PixelView, ProcessingStage
+from imgcurate.cluster import open_client
+from imgcurate.demo import make_demo_shards
+from imgcurate.errors import ClusterError, ConfigError, ImgcurateError
+from imgcurate.stages import (
+    FilePartitioningStage,
+    ImageEmbeddingStage,
+    ImageReaderStage,
+    ImageWriterStage,
+    SemanticDedupStage,
+)
+
+
+class Trap(ProcessingStage):
+    """Fail on the samples of some shards, as long as a file is there."""
+
+    name = "trap"
+    needs = ("image",)
+    views = (PixelView(8, 8),)
+
+    def __init__(self, how: str, shards: list[str], armed: str) -> None:
+        self.how, self.shards, self.armed = how, shards, armed
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        if Path(self.armed).exists() and any(s.endswith(tuple(self.shards)) for s in batch.rows["shard"]):
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ZeroDivisionError("a bug")
+        return batch
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with open_client(device="cpu", n_workers=2, dashboard_address=None) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tars")
+    make_demo_shards(folder)
+    return folder
+
+
+def pipeline(tars: Path, *stages: ProcessingStage) -> Pipeline:
+    return Pipeline([
+        FilePartitioningStage(str(tars / "*.tar")), ImageReaderStage(), *stages,
+        ImageEmbeddingStage(model="tiny-image"), SemanticDedupStage(), ImageWriterStage(images_per_tar=100),
+    ])  # fmt: skip
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for f in ("shards", "catalog") for p in (out / f).iterdir()}
+
+
+@pytest.mark.parametrize("how", ["kill", "raise"])
+def test_a_partition_that_may_fail_costs_itself_alone(tars, tmp_path, client, how: str) -> None:
+    armed = tmp_path / "armed"
+    armed.touch()
+    trapped = pipeline(tars, Trap(how, ["00001.tar"], str(armed)))
+    out = tmp_path / "OUT"
+    if how == "kill":
+        with pytest.raises(ClusterError, match=r"1 of 4 partitions failed, the first is partition 1: .*--max-failed 1"):
+            trapped.run(str(out), client=client)
+        parts = sorted(p.name for p in (out / "catalog").glob("*.parquet"))
+        assert parts == ["part-00000.parquet", "part-00002.parquet", "part-00003.parquet"]
+    else:
+        with pytest.raises(ImgcurateError, match="stage trap: ZeroDivisionError: a bug"):
+            trapped.run(str(out), client=client)
+    result = trapped.run(str(out), client=client, max_failed=1)
+    catalog = result.catalog.compute()
+    failed = catalog[catalog.status == "failed"]
+    assert set(failed.shard.map(lambda s: Path(s).name)) == {"00001.tar"}
+    assert failed.reason.str.startswith("the partition failed: ").all()
+    assert len(catalog) == result.samples
+    assert "failed" in result.accounting()
+    assert failed.embedding.isna().all()
+    # Once the cause is gone the same run can be completed, and is as if nothing had failed.
+    assert trapped.run(str(out), client=client).counts == result.counts
+    armed.unlink()
+    whole = trapped.run(str(out), client=client, retry_failed=True)
+    assert "failed" not in whole.counts
+    trapped.run(str(tmp_path / "WHOLE"), client=client)
+    assert files_of(out) == files_of(tmp_path / "WHOLE")
+
+
+def test_more_that_fail_than_may_end_the_run(tars, tmp_path, client) -> None:
+    armed = tmp_path / "armed"
+    armed.touch()
+    trapped = pipeline(tars, Trap("raise", ["00001.tar", "00002.tar"], str(armed)))
+    with pytest.raises(ClusterError, match="2 of 4 partitions failed"):
+        trapped.run(str(tmp_path / "OUT"), client=client, max_failed=1)
+    assert trapped.run(str(tmp_path / "OUT"), client=client, max_failed=2).counts["failed"] > 0
+
+
+def test_max_failed_is_a_count(tars, tmp_path, client) -> None:
+    for value in (-1, 0.5, True):
+        with pytest.raises(ConfigError, match="max_failed="):
+            pipeline(tars).run(str(tmp_path / "OUT"), client=client, max_failed=value)  # type: ignore[arg-type]
