@@ -336,6 +336,26 @@ def test_partitions_longer_than_the_time_without_a_worker_are_waited_for(
     assert run_waves(client, build(sleep, seconds=2), range(3), phase="work") == squares(range(3))
 
 
+def test_the_time_without_a_worker_counts_from_when_one_was_last_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "NO_WORKER_S", 4.0)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        watch = liveness.Liveness(client, "work")
+        until = time.monotonic() + 6
+        while time.monotonic() < until:
+            watch.check()
+            time.sleep(0.1)
+        cluster.scale(0)
+        gone = time.monotonic()
+        with pytest.raises(ClusterError, match="has had no worker for 4 s"):
+            while True:
+                watch.check()
+                time.sleep(0.1)
+        assert time.monotonic() - gone > 2
+
+
 def test_workers_that_are_paused_and_idle_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "NO_WORKER_S", 2.0)
 
