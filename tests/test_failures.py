@@ -107,7 +107,7 @@ def test_a_partition_that_kills_its_workers_fails_alone(
         max_failed=1, failed=failed, progress=lambda *args: seen.append(args[:3]),
     )  # fmt: skip
     assert results == squares(INNOCENT)
-    assert failed == {7: "it killed its worker again and again (out of memory, or a crash in a model or stage)"}
+    assert failed == {7: "the workers that ran it died again and again (out of memory, or a crash in a model or stage)"}
     assert runs(tmp_path)[7] == 4
     assert seen == [("work", k + 1, N) for k in range(N - 1)]
 
@@ -119,8 +119,8 @@ def test_more_failed_than_may_is_an_error_and_all_others_are_done(nannies: Clien
             nannies, build(kill, folder=str(tmp_path), bad={7: 99}), range(N), phase="work", failed=failed
         )  # fmt: skip
     assert str(caught.value) == (
-        "work: 1 of 21 partitions failed, the first is partition 7: it killed its worker again and again (out of "
-        "memory, or a crash in a model or stage); what was finished is kept: run again to try just these again, or "
+        "work: 1 of 21 partitions failed, the first is partition 7: the workers that ran it died again and again "
+        "(out of memory, or a crash in a model or stage); what was finished is kept: run again to try just these again, or "
         "with --max-failed 1 to go on without them"
     )
     assert list(failed) == [7]
