@@ -120,8 +120,8 @@ def test_more_failed_than_may_is_an_error_and_all_others_are_done(nannies: Clien
         )  # fmt: skip
     assert str(caught.value) == (
         "work: 1 of 21 partitions failed, the first is partition 7: the workers that ran it died again and again "
-        "(out of memory, or a crash in a model or stage); what was finished is kept: run again to try just these again, or "
-        "with --max-failed 1 to go on without them"
+        "(out of memory, or a crash in a model or stage); what was finished is kept: run again to try just these "
+        "again, or with --max-failed 1 to go on without them"
     )
     assert list(failed) == [7]
     assert set(runs(tmp_path)) == set(range(N))
