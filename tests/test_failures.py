@@ -61,6 +61,8 @@ def kill(number: int, folder: str, bad: dict[int, int]) -> dict[str, Any]:
     before = note(folder, number)
     time.sleep(0.05)
     if before < bad.get(number, 0):
+        # A nanny does not restart a worker that dies before the nanny has heard that it started.
+        time.sleep(2)
         os.kill(os.getpid(), signal.SIGKILL)
     return {"square": number**2}
 
