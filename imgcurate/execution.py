@@ -186,7 +186,7 @@ def may_pass(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     """Return why a partition failed, in one line."""
     if isinstance(error, KilledWorker):
-        return "it killed its worker again and again (out of memory, or a crash in a model or stage)"
+        return "the workers that ran it died again and again (out of memory, or a crash in a model or stage)"
     text = " ".join(str(error).split())[:_REASON_CHARACTERS]
     return printable(text if isinstance(error, ImgcurateError) and text else f"{type(error).__name__}: {text}")
 
