@@ -60,7 +60,7 @@ def _options(
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
     if not debug:
         # What Dask says about dying workers is said again, in a line, when it ends the run.
-        dask.config.set(logging={"distributed": "critical"})
+        dask.config.set(logging={"distributed": "critical", "distributed.client": "critical"})
 
 
 @app.command(epilog="Example: imgcurate demo -o imgcurate-demo")

@@ -20,7 +20,8 @@ from typing import Any, Final
 import dask
 import psutil
 from distributed import Client, LocalCluster
-from distributed.comm import connect
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError, connect
 from distributed.security import Security
 from distributed.versions import VersionMismatchWarning
 
@@ -78,7 +79,7 @@ def open_client(
     DeviceError
         If a GPU is asked for and is not usable here.
     ClusterError
-        If the scheduler does not answer within 15 s, or does not accept the TLS settings.
+        If the scheduler does not answer within 15 s, does not accept the TLS settings, or is lost later.
     """
     if n_workers is not None and n_workers < 1:
         raise ConfigError(f"n_workers={n_workers} should be >= 1")
@@ -222,7 +223,15 @@ def _connect(scheduler: str, security: Security | None) -> Iterator[Client]:
         except (OSError, ValueError, TimeoutError, ImportError) as exc:
             raise ClusterError(f"no Dask scheduler answers at {scheduler}: {exc}") from exc
     with client:
-        yield client
+        try:
+            yield client
+        except (FutureCancelledError, CommClosedError) as exc:
+            if isinstance(exc, FutureCancelledError) and "connection-lost" not in str(exc):
+                raise
+            raise ClusterError(
+                f"the connection to the scheduler at {scheduler} is lost: what was finished is kept; "
+                "when it runs again, the same run goes on"
+            ) from exc
 
 
 def _address(scheduler: str) -> str:

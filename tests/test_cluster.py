@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,3 +148,26 @@ def test_tls_options_need_a_scheduler(command: str, tls: dict[str, str], shards:
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, ConfigError)
     assert "go with --scheduler" in str(result.exception)
+
+
+def test_a_scheduler_that_is_lost(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "daemons").mkdir()
+    (tmp_path / "in").mkdir()
+    for k in range(16):
+        shutil.copy(shards / f"{k % 4:05d}.tar", tmp_path / "in" / f"{k:05d}.tar")
+    command = ["curate", f"{tmp_path}/in/*.tar", "-o", str(tmp_path / "OUT"), "--encoder", "tiny-image", "-q"]
+    with Daemons(tmp_path / "daemons") as daemons:
+        address = daemons.start("scheduler", "--host", "127.0.0.1", "--port", "0")
+        daemons.start("worker", address, "--nthreads", "1")
+        run = subprocess.Popen(
+            [sys.executable, "-m", "imgcurate.cli", *command, "--scheduler", address],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while not list((tmp_path / "OUT").glob("catalog/part-*")):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.02)
+        daemons.running[0].kill()
+        _, err = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert err.count("\n") == 1, err
+    assert f"the connection to the scheduler at {address} is lost" in err

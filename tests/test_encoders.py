@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,13 @@ def test_missing_weights_are_downloaded_once_into_model_dir(hub: str, tmp_path: 
     again = run_download(tmp_path, hub)
     assert again.returncode == 0
     assert sum(r.startswith("GET") for r in Hub.requests) == fetched
+
+
+def test_two_processes_that_download_at_once_do_not_clash(hub: str, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run_download(tmp_path, hub), range(2)))
+    assert [d.stdout.strip() for d in both] == [hashlib.sha256(Hub.content).hexdigest()] * 2, both
+    assert not list(tmp_path.rglob("*.incomplete"))
 
 
 def test_offline_says_what_to_do(tmp_path: Path) -> None:

@@ -343,3 +343,19 @@ def test_ensure_weights_downloads_once_for_many_threads_and_processes(tmp_path: 
     assert outputs == [str(tmp_path / WEIGHT.name)] * 3
     assert len(server.paths) == 1
     assert visible(tmp_path) == [WEIGHT.name]
+
+
+def test_paths_of_weights_hold_in_other_working_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from imgcurate.stages import ImageAestheticFilterStage, ImageEmbeddingStage, ImageNSFWFilterStage
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.safetensors").touch()
+    stages = [
+        ImageEmbeddingStage("ViT-B-32", "mine.safetensors", "models"),
+        ImageAestheticFilterStage(model_dir="models"),
+        ImageNSFWFilterStage(model_dir="file://models"),
+    ]
+    assert {s.model_dir for s in stages} == {str(tmp_path / "models")}
+    assert stages[0]._spec.pretrained == str(tmp_path / "mine.safetensors")
+    assert ImageEmbeddingStage("ViT-B-32", "openai").model_dir is None
+    assert ImageAestheticFilterStage(model_dir="s3://bucket/models").model_dir == "s3://bucket/models"

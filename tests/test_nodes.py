@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,3 +170,17 @@ def test_an_output_folder_of_one_host_is_refused(hosts: Hosts, plain: str, shard
     assert "(host node-a)" in done.stderr
     assert "(host node-b)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_ssh_cluster_on_hosts(hosts: Hosts, shards: Path, local: dict[str, bytes], tmp_path: Path) -> None:
+    ssh = tmp_path / "myssh"
+    cases = "\n".join(f'{host}) exec {shlex.join(hosts.on(host))} sh -c "$*" ;;' for host in IP)
+    ssh.write_text(f"#!/bin/sh\nhost=$1; shift\ncase $host in\n{cases}\nesac\n")
+    ssh.chmod(0o755)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "SSH": str(ssh), "IMGCURATE_SCHEDULER": IP["node-a"]}
+    script = Path(__file__).resolve().parents[1] / "scripts" / "ssh_cluster"
+    command = [*hosts.on("client"), script, "node-a", "node-b", "--", *map(str, curate(shards, tmp_path / "OUT"))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "OUT") == local

@@ -42,6 +42,7 @@ __all__ = [
     "NSFW_L14",
     "PUBLISHED",
     "WeightFile",
+    "absolute_path",
     "default_model_dir",
     "ensure_weights",
     "file_sha256",
@@ -167,6 +168,13 @@ def resolve_model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
     if not storage.is_local(text):
         raise ConfigError(f"model_dir={text!r} is remote: expected a folder of this machine")
     return Path(storage.local_path(text)).expanduser()
+
+
+def absolute_path(path: str | os.PathLike[str] | None) -> str | None:
+    """Return a local path as a worker in another working folder finds it; a URL or None as it is."""
+    if path is None or not storage.is_local(os.fspath(path)):
+        return None if path is None else os.fspath(path)
+    return str(Path(storage.local_path(os.fspath(path))).expanduser().absolute())
 
 
 def find_file(name: str, model_dir: Path) -> Path | None:

@@ -13,6 +13,7 @@ from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.models.head_files import check_aesthetic_encoder, load_aesthetic_head
 from imgcurate.models.heads import AestheticHead
+from imgcurate.models.weights import absolute_path
 from imgcurate.stages.base import ProcessingStage, Rule
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.scoring import check_threshold, encoders_of
@@ -64,6 +65,7 @@ class ImageAestheticFilterStage(ProcessingStage):
 
     def __post_init__(self) -> None:
         check_threshold(self.name, self.score_threshold)
+        self.model_dir = absolute_path(self.model_dir)
         self._head: AestheticHead | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import dask.dataframe as dd
@@ -13,6 +14,7 @@ import pyarrow as pa
 from imgcurate import schema
 from imgcurate.batches import ImageBatch, PixelView
 from imgcurate.models.encoders import Encoder, EncoderSpec, load_encoder
+from imgcurate.models.weights import absolute_path
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.reading import ImageReaderStage
@@ -73,8 +75,12 @@ class ImageEmbeddingStage(ProcessingStage):
     }
 
     def __post_init__(self) -> None:
+        self.model_dir = absolute_path(self.model_dir)
+        pretrained = self.pretrained
+        if ("/" in pretrained or "." in pretrained) and Path(pretrained).expanduser().is_file():
+            pretrained = absolute_path(pretrained) or pretrained
         self._spec = EncoderSpec(
-            self.model, self.pretrained, self.model_dir, self.precision, self.model_inference_batch_size
+            self.model, pretrained, self.model_dir, self.precision, self.model_inference_batch_size
         )
         self._encoder: Encoder | None = None
 

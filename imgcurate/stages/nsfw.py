@@ -14,6 +14,7 @@ from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.models.head_files import check_nsfw_encoder, load_nsfw_head
 from imgcurate.models.heads import NsfwHead
+from imgcurate.models.weights import absolute_path
 from imgcurate.stages.base import ProcessingStage, Rule
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.scoring import check_threshold, encoders_of
@@ -61,6 +62,7 @@ class ImageNSFWFilterStage(ProcessingStage):
 
     def __post_init__(self) -> None:
         check_threshold(self.name, self.score_threshold)
+        self.model_dir = absolute_path(self.model_dir)
         self._encoder: str | None = None
         self._heads: dict[str, NsfwHead] = {}
 
