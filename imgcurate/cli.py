@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
@@ -16,18 +14,11 @@ import dask
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from imgcurate import schema
 from imgcurate.errors import ConfigError, ImgcurateError, printable
+from imgcurate.progress import show_progress
 
 __all__ = ["app", "main"]
 
@@ -41,7 +32,6 @@ _debug = False
 _MAX_SHARD_ROWS: Final = 50
 _MAX_PROBLEM_ROWS: Final = 20
 _MAX_EXTENSIONS: Final = 30
-_PLAIN_EVERY_S: Final = 10.0
 _MAX_MESSAGE: Final = 2000
 
 Inputs = Annotated[
@@ -295,7 +285,7 @@ def dedup(
     from imgcurate.standalone import dedup_embeddings
 
     try:
-        with _progress(quiet) as progress:
+        with show_progress(quiet) as progress:
             result = dedup_embeddings(
                 inputs, output, id_field=id_field, embedding_field=embedding_field, eps=eps,
                 eps_list=eps_list or (), n_clusters=n_clusters or "auto", n_probe=n_probe, max_probe=max_probe,
@@ -359,7 +349,7 @@ def verify(
     from imgcurate.verification import verify_run
 
     options = storage_options(storage_option or [])
-    with _progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json) as progress:
         done = verify_run(
             output, storage_options=options, quick=quick, scheduler=scheduler, n_workers=workers, progress=progress
         )
@@ -413,7 +403,7 @@ def _run(
         if device == "auto" and not backend.is_gpu and not quiet:
             typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
     try:
-        with _progress(quiet) as progress:
+        with show_progress(quiet) as progress:
             result = pipeline.run(
                 output, scheduler=scheduler, security=security, device=device, n_workers=workers,
                 overwrite=overwrite, progress=progress,
@@ -432,49 +422,6 @@ def _security(scheduler: str | None, tls: tuple[str | None, str | None, str | No
     if scheduler is None and any(tls):
         raise ConfigError("--tls-ca-file, --tls-cert and --tls-key go with --scheduler")
     return tls_security(*tls)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Any:
-    """Yield a callback that shows one line per phase; plain lines where there is no terminal."""
-    console = Console(stderr=True)
-    if quiet:
-        yield None
-        return
-    if not console.is_terminal:
-        yield _plain_progress()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[kept]}"))  # fmt: skip
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-        seen: dict[str, list[int]] = {}
-
-        def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total, kept="")
-                seen[phase] = [0, 0]
-            if result and all(isinstance(v, int) for v in result.values()):
-                seen[phase][0] += result.get(schema.STATUS_OK, 0)
-                seen[phase][1] += sum(result.values())
-            ok, rows = seen[phase]
-            bars.update(tasks[phase], completed=done, kept=f"{ok:,} of {rows:,} ok" if rows else "")
-
-        yield show
-
-
-def _plain_progress() -> Callable[[str, int, int, dict[str, Any]], None]:
-    """Return a callback that writes a line when a phase ends, and every few seconds until then."""
-    last = time.monotonic()
-
-    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-        nonlocal last
-        del result
-        if done == total or time.monotonic() - last >= _PLAIN_EVERY_S:
-            last = time.monotonic()
-            typer.echo(f"{phase}: {done:,} of {total:,}", err=True)
-
-    return show
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -382,6 +383,7 @@ def main() -> int:
     options = ["--encoder", "tiny-image", "--eps", "0.02", "--exact-dedup", "--quality", "width=1:",
                "--images-per-tar", str(given.images_per_tar)]  # fmt: skip
     lab = Lab(folder, folder / "in", options, given.workers, given.separate, random.Random(given.seed))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         return _experiment(lab, given.runs, given.shards, keep=given.keep)
     finally:
