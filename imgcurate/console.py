@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from typer.core import TyperGroup
 
-from imgcurate import schema
 from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.progress import show_progress
 
 __all__ = [
     "Device",
@@ -46,8 +36,6 @@ __all__ = [
     "running",
     "security",
 ]
-
-_PLAIN_EVERY_S: Final = 10.0
 
 _ORDER: Final = ("demo", "curate", "run", "refilter", "verify", "inspect", "dedup")
 
@@ -110,7 +98,7 @@ def running(quiet: bool) -> Iterator[Any]:
     """
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        with _progress(quiet) as progress:
+        with show_progress(quiet) as progress:
             yield progress
     except KeyboardInterrupt as exc:
         raise StoppedError from exc
@@ -149,46 +137,3 @@ def security(scheduler: str | None, tls: Tls) -> Any:
     if scheduler is None and any(tls):
         raise ConfigError("--tls-ca-file, --tls-cert and --tls-key go with --scheduler")
     return tls_security(*tls)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """Yield a callback that shows one line per phase; plain lines where there is no terminal."""
-    console = Console(stderr=True)
-    if quiet:
-        yield None
-        return
-    if not console.is_terminal:
-        yield _plain_progress()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[kept]}"))  # fmt: skip
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-        seen: dict[str, list[int]] = {}
-
-        def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total, kept="")
-                seen[phase] = [0, 0]
-            if result and all(isinstance(v, int) for v in result.values()):
-                seen[phase][0] += result.get(schema.STATUS_OK, 0)
-                seen[phase][1] += sum(result.values())
-            ok, rows = seen[phase]
-            bars.update(tasks[phase], completed=done, kept=f"{ok:,} of {rows:,} ok" if rows else "")
-
-        yield show
-
-
-def _plain_progress() -> Callable[[str, int, int, dict[str, Any]], None]:
-    """Return a callback that writes a line when a phase ends, and every few seconds until then."""
-    last = time.monotonic()
-
-    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-        nonlocal last
-        del result
-        if done == total or time.monotonic() - last >= _PLAIN_EVERY_S:
-            last = time.monotonic()
-            typer.echo(f"{phase}: {done:,} of {total:,}", err=True)
-
-    return show

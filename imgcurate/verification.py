@@ -44,7 +44,7 @@ _MOST_PROBLEMS: Final = 10_000
 _FOLDERS: Final = ("catalog", "shards", "dedup")
 _WITHOUT_ROW: Final = (
     schema.STATUS_TAR_ERROR, schema.STATUS_NO_IMAGE, schema.STATUS_READ_ERROR, schema.STATUS_DECODE_ERROR,
-    schema.STATUS_DECODER_CRASH, schema.STATUS_TOO_SMALL,
+    schema.STATUS_DECODER_CRASH, schema.STATUS_TOO_SMALL, schema.STATUS_FAILED,
 )  # fmt: skip
 _DEDUP_STAGES: Final = frozenset({"ExactDedupStage", "PerceptualDedupStage", "SemanticDedupStage"})
 

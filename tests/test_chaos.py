@@ -46,12 +46,13 @@ def undisturbed(shards: Path, client: Client, tmp_path_factory: pytest.TempPathF
     return digests(out)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", [[], ["--separate"]], ids=["local", "separate"])
 def test_killed_processes(how: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(CHAOS), "-o", str(tmp_path / "chaos"), "--runs", "3" if not how else "1", "--seed",
                "5", "--shards", "4", "--workers", "2", *how]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^(\d) of \1 runs are as the undisturbed one$", done.stdout, re.MULTILINE), done.stdout
 
