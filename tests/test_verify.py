@@ -22,9 +22,9 @@ from imgcurate import SemanticDedupStage, dedup_embeddings
 from imgcurate.catalog import Manifest, write_parquet
 from imgcurate.cli import app
 from imgcurate.errors import ConfigError
-from imgcurate.references import Partitions
 from imgcurate.success import SUCCESS, FileDigest, Success, file_digest
 from imgcurate.verification import Verification, verify_run
+from imgcurate.verification.references import Partitions
 
 DEDUP = SemanticDedupStage(eps=0.05, n_clusters=4)
 

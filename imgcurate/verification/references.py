@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 
 from imgcurate import schema
 from imgcurate.catalog import Catalog, Manifest
-from imgcurate.checks import Faults
 from imgcurate.errors import ImgcurateError
+from imgcurate.verification.checks import Faults
 
 __all__ = ["Partitions", "Record", "check_references"]
 

@@ -25,18 +25,18 @@ from distributed import Client
 from imgcurate import schema
 from imgcurate.backend import cpu_count
 from imgcurate.catalog import Catalog, Manifest, part_name
-from imgcurate.checks import Output, Part, Reading, check_file, check_part, check_shard
 from imgcurate.cluster import open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, printable
 from imgcurate.execution import Progress, call_frame, run_waves
 from imgcurate.export import OutputShard, plan_shards, shard_name
 from imgcurate.inputs import describe_shards, find_shards
-from imgcurate.references import Partitions, Record, check_references
 from imgcurate.shards import Shard
 from imgcurate.sidecars import Sidecars
 from imgcurate.storage import StorageOptions, exists, is_local, join_url, list_files, local_path
 from imgcurate.success import SUCCESS, FileDigest, Success
-from imgcurate.verified_embeddings import is_of_embeddings, verify_embeddings
+from imgcurate.verification.checks import Output, Part, Reading, check_file, check_part, check_shard
+from imgcurate.verification.embeddings import is_of_embeddings, verify_embeddings
+from imgcurate.verification.references import Partitions, Record, check_references
 
 __all__ = ["Problem", "Verification", "verify_run"]
 
