@@ -12,6 +12,7 @@ import logging
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import dask.dataframe as dd
@@ -41,6 +42,7 @@ Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called with (phase, partitions done, partitions in all, result of the last partition)."""
 
 RESULT_META: Final = pd.DataFrame({"number": pd.Series(dtype="int64"), "result": pd.Series(dtype="str")})
+_MOST_LIGHT: Final = 32
 _MIN_WAVE: Final = 32
 # So many suspects in a row, or two for each thread if that is more, make one ask whether anything still works.
 _MIN_IN_A_ROW: Final = 8
@@ -84,7 +86,7 @@ def call_frame(
     """Return a frame whose partitions are ``function(item, **kwargs)``, for :func:`run_waves`."""
     return dd.from_map(
         _call, list(numbers), list(items), function=function, kwargs=kwargs, once=_once(),
-        meta=RESULT_META, enforce_metadata=False, label=function.__name__.strip("_"),
+        meta=RESULT_META, enforce_metadata=False, label=getattr(function, "__name__", "work").strip("_"),
     )  # fmt: skip
 
 
@@ -165,10 +167,37 @@ def run_on_client(
     numbers: Sequence[int],
     *,
     client: Client,
+    resources: dict[str, float] | None = None,
     progress: Progress | None = None,
+    light: bool = False,
 ) -> dict[int, dict[str, Any]]:
-    """Run ``function(number)`` for each number on the cluster; see :func:`run_waves`."""
-    return run_waves(client, lambda n: call_frame(function, n, n), list(numbers), phase=phase, progress=progress)
+    """Run ``function(number)`` for each number on the cluster; see :func:`run_waves`.
+
+    Work that is `light`, such as counting the rows of a part, is done for up to 32 numbers by one task: a task
+    costs about a millisecond of the scheduler.
+    """
+    todo = list(numbers)
+    size = min(_MOST_LIGHT, len(todo) // (4 * max(1, sum(client.nthreads().values())))) if light else 1
+    if size <= 1:
+        return run_waves(
+            client, lambda n: call_frame(function, n, n), todo, phase=phase, resources=resources, progress=progress
+        )
+    bundles = [todo[i : i + size] for i in range(0, len(todo), size)]
+
+    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+        del result
+        if progress:
+            progress(phase, len(todo) if done == total else done * size, len(todo), {})
+
+    found = run_waves(
+        client, lambda n: call_frame(partial(_run_bundle, function), n, [bundles[i] for i in n]), range(len(bundles)),
+        phase=phase, resources=resources, progress=show,
+    )  # fmt: skip
+    return {int(number): result for bundle in found.values() for number, result in bundle.items()}
+
+
+def _run_bundle(function: Callable[[int], dict[str, Any]], numbers: Sequence[int]) -> dict[str, Any]:
+    return {str(number): function(number) for number in numbers}
 
 
 def may_pass(error: BaseException) -> bool:

@@ -14,14 +14,13 @@ from typing import Any
 import dask.dataframe as dd
 import pyarrow as pa
 
-from imgcurate.catalog import Catalog, Manifest
+from imgcurate.catalog import Manifest
 from imgcurate.errors import InputError
 from imgcurate.frame import ShardGroup, frame_of_groups, group_shards
 from imgcurate.inputs import describe_shards
 from imgcurate.plan import Plan
 from imgcurate.shards import Shard
-from imgcurate.stages.base import ProcessingStage
-from imgcurate.stages.executor import apply_stages
+from imgcurate.stages.reading import ImageReaderStage
 from imgcurate.storage import StorageOptions, is_local, local_path
 
 __all__ = ["Origin", "ShardOrigin"]
@@ -76,11 +75,14 @@ class Origin(ABC):
     def inputs_now(self) -> list[dict[str, Any]]:
         """Describe the inputs as they are now."""
 
+    @property
     @abstractmethod
-    def frame(
-        self, numbers: Sequence[int], stages: Sequence[ProcessingStage], catalog: Catalog, device: str
-    ) -> dd.DataFrame:
-        """Return the lazy frame of some partitions after the stages of the first phase."""
+    def reader(self) -> ImageReaderStage | None:
+        """How the images of these rows are decoded; None if they are not."""
+
+    @abstractmethod
+    def frame(self, numbers: Sequence[int], device: str) -> dd.DataFrame:
+        """Return the lazy frame of some partitions, before any stage."""
 
 
 class ShardOrigin(Origin):
@@ -178,20 +180,16 @@ class ShardOrigin(Origin):
             "text_columns": list(self.plan.reader.text_columns),
         }
 
-    def frame(
-        self, numbers: Sequence[int], stages: Sequence[ProcessingStage], catalog: Catalog, device: str
-    ) -> dd.DataFrame:
-        """Return the frame that reads, decodes and scores some partitions."""
-        reader = self.plan.reader
-        ddf = frame_of_groups(
-            [self.groups[n] for n in numbers], text_columns=reader.text_columns, sidecars=self.sidecars,
+    @property
+    def reader(self) -> ImageReaderStage:
+        """That of the pipeline."""
+        return self.plan.reader
+
+    def frame(self, numbers: Sequence[int], device: str) -> dd.DataFrame:
+        """Return the index of some partitions."""
+        return frame_of_groups(
+            [self.groups[n] for n in numbers], text_columns=self.plan.reader.text_columns, sidecars=self.sidecars,
             device=device, storage_options=self.options,
-        )  # fmt: skip
-        if not stages:
-            return ddf
-        return apply_stages(
-            ddf, stages, reader=reader, device=device, storage_options=self.options,
-            attempts=catalog.attempts, numbers=numbers,
         )  # fmt: skip
 
 

@@ -42,9 +42,8 @@ def show_progress(quiet: bool) -> Iterator[Progress | None]:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total, kept="")
                 seen[phase] = [0, 0]
-            if result and all(isinstance(v, int) for v in result.values()):
-                seen[phase][0] += result.get(schema.STATUS_OK, 0)
-                seen[phase][1] += sum(result.values())
+            seen[phase][0] += result.get(schema.STATUS_OK, 0)
+            seen[phase][1] += sum(n for n in result.values() if isinstance(n, int))
             ok, rows = seen[phase]
             bars.update(tasks[phase], completed=done, kept=f"{ok:,} of {rows:,} ok" if rows else "")
 

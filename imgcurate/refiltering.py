@@ -34,7 +34,6 @@ from imgcurate.runner import Run
 from imgcurate.shards import Shard
 from imgcurate.sidecars import Sidecars
 from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, columns_added, stage_config
-from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.registry import find_stage, make_stage
 from imgcurate.stages.writer import ImageWriterStage
@@ -284,18 +283,18 @@ class _CatalogOrigin(Origin):
             for i in config["inputs"]
         ]
 
-    def frame(
-        self, numbers: Sequence[int], stages: Sequence[ProcessingStage], catalog: Catalog, device: str
-    ) -> dd.DataFrame:
-        """Return the rows of some parts with the rules of the first phase applied."""
-        del catalog
+    @property
+    def reader(self) -> None:
+        """Nothing is decoded."""
+
+    def frame(self, numbers: Sequence[int], device: str) -> dd.DataFrame:
+        """Return the rows of some parts as they were before any rule."""
         out = schema.arrow_schema(self.types, self.types)
         backend = get_backend(device)
-        ddf = dd.from_map(
+        return dd.from_map(
             _read_part, list(numbers), catalog=self.catalog, names=out.names, by_rule=self._by_rule,
             device=backend.name, meta=backend.meta(out), enforce_metadata=False, label="read-catalog",
         )  # fmt: skip
-        return apply_stages(ddf, stages, device=device) if stages else ddf
 
 
 def _by_code(status: str, samples: str, folder: str) -> str:

@@ -8,31 +8,28 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any, Final
 
 import dask.dataframe as dd
-import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 from distributed import Client
 from distributed.security import Security
 
 from imgcurate import schema
-from imgcurate.backend import Backend, get_backend
+from imgcurate.backend import get_backend
 from imgcurate.catalog import Catalog, Manifest, fingerprint, part_name
 from imgcurate.cluster import cluster_device, open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
-from imgcurate.execution import RESULT_META, Progress, call_frame, number_frame, result_frame, run_waves
-from imgcurate.export import OutputShard, describe_shard, kept_counts, plan_shards, shard_name, write_shard
+from imgcurate.execution import Progress, call_frame, run_on_client, run_waves
+from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
 from imgcurate.origins import Origin
 from imgcurate.outputs import find_run, open_run
+from imgcurate.parts import count_part, deltas, failed_parts, finish_part, made_parts, reset_part
 from imgcurate.plan import Phase, Plan
 from imgcurate.preflight import check_storage, check_versions
 from imgcurate.results import Result
 from imgcurate.stages.base import DatasetStage, columns_added
-from imgcurate.stages.executor import apply_stages
+from imgcurate.stages.executor import apply_stages, make_program
 from imgcurate.storage import exclusive, join_url, list_files, make_folder, remove_temporary_files, remove_tree
 from imgcurate.success import FileDigest, Success, file_digest
 
@@ -79,6 +76,7 @@ class Run:
         self.max_failed, self.retry_failed = max_failed, retry_failed
         self.types = plan.types | origin.types
         self.timings_s: dict[str, float] = {}
+        self._made: dict[int, dict[str, Any]] = {}
         origin.arrange(Manifest.load(folder))
 
     def start(
@@ -157,7 +155,7 @@ class Run:
         """Bring the parts of a run that goes on to the state after the first phase; remove those that failed."""
         there = sorted(set(range(catalog.n_parts)) - set(catalog.missing_parts()))
         columns = self._columns(self.plan.phases[0])
-        self._waves("take back", there, lambda n: call_frame(_reset_part, n, n, catalog=catalog, columns=columns))
+        self._light("take back", partial(reset_part, catalog=catalog, columns=columns), there)
         catalog.remove_checkpoints()
         manifest.state = "running"
         manifest.save(self.folder)
@@ -214,24 +212,20 @@ class Run:
     def _read(self, phase: Phase, catalog: Catalog) -> None:
         """Make the parts that are missing; rows of partitions that may fail, and do, say why."""
         failed: dict[int, str] = {}
-        run_waves(
+        self._made = run_waves(
             self.client, partial(self._first_phase, catalog=catalog), catalog.missing_parts(), phase=phase.label,
             resources=self._resources(), progress=self.progress, max_failed=self.max_failed, failed=failed,
         )  # fmt: skip
         if failed:
             for number, reason in failed.items():
                 logger.warning("partition %d failed and is left out: %s", number, reason)
-            self._waves("failed", sorted(failed), partial(self._failed_parts, catalog=catalog, failed=failed))
+            rows = partial(self._failed_parts, catalog=catalog, failed=failed)
+            self._made |= self._waves("failed", sorted(failed), rows)
 
     def _failed_parts(self, numbers: list[int], catalog: Catalog, failed: dict[int, str]) -> dd.DataFrame:
         """Return the frame that writes the index of some partitions, and why they have nothing else."""
-        ddf = self.origin.frame(numbers, (), catalog, self.device)
-        given = schema.arrow_schema(ddf.columns, self.types)
         out = schema.arrow_schema(self._columns(self.plan.phases[0]), self.types)
-        return dd.map_partitions(
-            _write_failed, ddf, number_frame(numbers), catalog, given, out, {n: failed[n] for n in numbers},
-            meta=RESULT_META, align_dataframes=False,
-        )  # fmt: skip
+        return failed_parts(self.origin.frame(numbers, self.device), numbers, catalog, out, failed)
 
     def _columns(self, phase: Phase) -> list[str]:
         """Return the columns of the catalog after the first phase."""
@@ -242,8 +236,14 @@ class Run:
 
     def _first_phase(self, numbers: list[int], catalog: Catalog) -> dd.DataFrame:
         """Return the frame that reads, decodes, scores and writes some partitions: one task each."""
-        ddf = self.origin.frame(numbers, self.plan.phases[0].batch_stages, catalog, self.device)
-        return _written(ddf, numbers, catalog, schema.arrow_schema(ddf.columns, self.types), delta=False)
+        ddf = self.origin.frame(numbers, self.device)
+        stages = self.plan.phases[0].batch_stages
+        program = None
+        if stages:
+            program = make_program(
+                ddf, stages, reader=self.origin.reader, device=self.device, storage_options=self.origin.options
+            )
+        return made_parts(ddf, numbers, catalog, program)
 
     def _later_phase(self, phase: Phase, before: Catalog, after: Catalog) -> Callable[[list[int]], dd.DataFrame]:
         """Return what builds the frame of a later phase for some partitions."""
@@ -255,14 +255,14 @@ class Run:
             whole = self._process_dataset(stage, phase, before)
 
             def build(numbers: list[int]) -> dd.DataFrame:
-                return _written(whole.partitions[numbers], numbers, after, out, delta=True)
+                return deltas(whole.partitions[numbers], numbers, after, out)
 
         else:
 
             def build(numbers: list[int]) -> dd.DataFrame:
                 ddf = before.frame(device=self.device).partitions[numbers]
                 ddf = apply_stages(ddf, phase.batch_stages, device=self.device)
-                return _written(ddf, numbers, after, out, delta=True)
+                return deltas(ddf, numbers, after, out)
 
         return build
 
@@ -288,6 +288,15 @@ class Run:
     ) -> dict[int, dict[str, Any]]:
         return run_waves(self.client, build, numbers, phase=phase, resources=self._resources(), progress=self.progress)
 
+    def _light(
+        self, phase: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]
+    ) -> dict[int, dict[str, Any]]:
+        """Run something small for each part."""
+        return run_on_client(
+            phase, function, numbers, client=self.client, resources=self._resources(), progress=self.progress,
+            light=True,
+        )  # fmt: skip
+
     def _resources(self) -> dict[str, float] | None:
         if self.device != "gpu":
             return None
@@ -298,11 +307,13 @@ class Run:
     def _count(self, catalog: Catalog) -> Counter[str]:
         """Count the rows by status, from the files, so that a resumed run counts all."""
         numbers = list(range(catalog.n_parts))
-        results = self._waves("count", numbers, lambda n: call_frame(_count_part, n, n, catalog=catalog))
+        results = {n: self._made[n] for n in numbers if n in self._made} if not catalog.phases else {}
+        todo = [n for n in numbers if n not in results]
+        results |= self._light("count", partial(count_part, catalog=catalog), todo)
         self._kept = [results[n].get(schema.STATUS_OK, 0) for n in numbers]
         total: Counter[str] = Counter()
         for result in results.values():
-            total.update(result)
+            total.update({status: n for status, n in result.items() if status != "file"})
         return total
 
     def _export(self, catalog: Catalog, manifest: Manifest, images_per_tar: int) -> dict[str, FileDigest]:
@@ -340,7 +351,9 @@ class Run:
         """Merge what the phases decided into the parts, and return these as files."""
         with self._timed("finish"):
             numbers = range(catalog.n_parts)
-            results = self._waves("finish", numbers, lambda n: call_frame(_finish_part, n, n, catalog=catalog))
+            results = {n: r["file"] for n, r in self._made.items() if "file" in r} if not catalog.phases else {}
+            todo = [n for n in numbers if n not in results]
+            results |= self._light("finish", partial(finish_part, catalog=catalog), todo)
         return {f"catalog/{part_name(n)}": FileDigest(**results[n]) for n in numbers}
 
     def _check(self, manifest: Manifest) -> None:
@@ -354,53 +367,3 @@ class Run:
         start = time.perf_counter()
         yield
         self.timings_s[name] = round(time.perf_counter() - start, 3)
-
-
-def _written(ddf: dd.DataFrame, numbers: list[int], catalog: Catalog, out: pa.Schema, *, delta: bool) -> dd.DataFrame:
-    """Write each partition of a frame to the catalog; what comes back are counts by status."""
-    return dd.map_partitions(
-        _write_part, ddf, number_frame(numbers), catalog, out, delta, meta=RESULT_META, align_dataframes=False
-    )
-
-
-def _write_part(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Schema, delta: bool) -> pd.DataFrame:
-    number = int(numbers["number"].iloc[0])
-    backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
-    table = backend.frame_to_arrow(frame, out)
-    (catalog.write_delta if delta else catalog.write_part)(number, table)
-    if not delta:
-        catalog.attempts.end(number)
-    return result_frame(number, kept_counts(table))
-
-
-def _write_failed(
-    frame: Any, numbers: pd.DataFrame, catalog: Catalog, given: pa.Schema, out: pa.Schema, failed: dict[int, str]
-) -> pd.DataFrame:
-    number = int(numbers["number"].iloc[0])
-    backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
-    table = backend.frame_to_arrow(frame, given)
-    was_ok = pc.equal(table[schema.STATUS], schema.STATUS_OK)
-    columns = {f.name: table[f.name] if f.name in given.names else pa.nulls(len(table), f.type) for f in out}
-    columns[schema.STATUS] = pc.if_else(was_ok, schema.STATUS_FAILED, table[schema.STATUS])
-    columns[schema.REASON] = pc.if_else(was_ok, f"the partition failed: {failed[number]}", table[schema.REASON])
-    table = pa.table(columns).cast(out)
-    catalog.write_part(number, table)
-    catalog.attempts.end(number)
-    return result_frame(number, kept_counts(table))
-
-
-def _count_part(number: int, catalog: Catalog) -> dict[str, Any]:
-    return kept_counts(catalog.read(number, [schema.STATUS]))
-
-
-def _finish_part(number: int, catalog: Catalog) -> dict[str, Any]:
-    catalog.merge(number)
-    return asdict(file_digest(catalog.part_url(number), catalog.storage_options))
-
-
-def _reset_part(number: int, catalog: Catalog, columns: Sequence[str]) -> dict[str, Any]:
-    if kept_counts(catalog.read(number, [schema.STATUS])).get(schema.STATUS_FAILED):
-        catalog.remove_part(number)
-    else:
-        catalog.reset(number, columns)
-    return {}

@@ -20,14 +20,12 @@ import torch
 from imgcurate import schema
 from imgcurate.backend import Backend, array_from_list_column, cpu_count, get_backend, list_array
 from imgcurate.batches import ImageBatch
-from imgcurate.catalog import Attempts
 from imgcurate.errors import ConfigError
-from imgcurate.execution import number_frame
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
 from imgcurate.stages.fitting import BatchLimit, process_batch
 from imgcurate.stages.reading import ImageReaderStage, read_pixels
 
-__all__ = ["Program", "apply_stages"]
+__all__ = ["Program", "apply_stages", "frame_types", "make_program"]
 
 _BATCH_ROWS = 4096
 
@@ -57,6 +55,11 @@ class Program:
     def __post_init__(self) -> None:
         content = cloudpickle.dumps((self.stages, self.reader, self.device))
         object.__setattr__(self, "token", hashlib.sha256(content).hexdigest())
+
+    @property
+    def decodes(self) -> bool:
+        """Whether any stage looks at images."""
+        return self.reader is not None and any(IMAGE in stage.needs for stage in self.stages)
 
     @property
     def types(self) -> dict[str, pa.DataType]:
@@ -279,8 +282,6 @@ def apply_stages(
     reader: ImageReaderStage | None = None,
     device: str = "auto",
     storage_options: Mapping[str, Any] | None = None,
-    attempts: Attempts | None = None,
-    numbers: Sequence[int] = (),
 ) -> dd.DataFrame:
     """Run per-batch stages over a frame, lazily: one ``map_partitions`` call for all of them.
 
@@ -291,17 +292,34 @@ def apply_stages(
     stages : sequence of ProcessingStage
         What to run.
     reader : ImageReaderStage, optional
-        How to decode, if a stage looks at pixels.
+        How to decode, if a stage looks at pixels. A sample that kills the decoder kills its worker again and
+        again; a pipeline's run survives it.
     device : {"auto", "cpu", "gpu"}
         Where.
     storage_options : mapping, optional
         For reading the shards.
-    attempts : Attempts, optional
-        Where each partition is marked while it is worked on. One whose worker died in a former attempt
-        is decoded in a process of its own; who writes the partition takes the mark off. Without it a
-        sample that kills the decoder kills its worker again and again.
-    numbers : sequence of int
-        With `attempts`, the number of each partition.
+
+    Raises
+    ------
+    ConfigError
+        If a column that a stage needs is missing.
+    """
+    program = make_program(ddf, stages, reader=reader, device=device, storage_options=storage_options)
+    types = frame_types(ddf)
+    meta = get_backend(device).meta(program.output_schema(list(ddf.columns), types))
+    in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
+    return ddf.map_partitions(_run_frame, program, in_schema, meta=meta)
+
+
+def make_program(
+    ddf: dd.DataFrame,
+    stages: Sequence[ProcessingStage],
+    *,
+    reader: ImageReaderStage | None = None,
+    device: str = "auto",
+    storage_options: Mapping[str, Any] | None = None,
+) -> Program:
+    """Return the program of some stages for the partitions of a frame; see :func:`apply_stages`.
 
     Raises
     ------
@@ -316,31 +334,12 @@ def apply_stages(
                 f"stage {stage.name} needs the column {missing[0]!r}, and the frame has {', '.join(ddf.columns)}"
             )
         have |= set(stage.adds)
-    program = Program(tuple(stages), reader, device, storage_options)
-    types = frame_types(ddf)
-    out = program.output_schema(list(ddf.columns), types)
-    meta = get_backend(device).meta(out)
-    in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
-    if attempts is None or reader is None or not any(IMAGE in stage.needs for stage in stages):
-        return ddf.map_partitions(_run_frame, program, in_schema, meta=meta)
-    return dd.map_partitions(
-        _run_attempt, ddf, number_frame(numbers), program, in_schema, attempts, meta=meta, align_dataframes=False
-    )
+    return Program(tuple(stages), reader, device, storage_options)
 
 
-def _run_frame(frame: Any, program: Program, in_schema: pa.Schema, *, isolated: bool = False) -> Any:
+def _run_frame(frame: Any, program: Program, in_schema: pa.Schema) -> Any:
     backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
-    return backend.frame_from_arrow(program.run(backend.frame_to_arrow(frame, in_schema), isolated=isolated))
-
-
-def _run_attempt(frame: Any, numbers: pd.DataFrame, program: Program, in_schema: pa.Schema, attempts: Attempts) -> Any:
-    number = int(numbers["number"].iloc[0])
-    isolated = attempts.begin(number)
-    try:
-        return _run_frame(frame, program, in_schema, isolated=isolated)
-    except BaseException:
-        attempts.end(number)
-        raise
+    return backend.frame_from_arrow(program.run(backend.frame_to_arrow(frame, in_schema)))
 
 
 def frame_types(ddf: dd.DataFrame) -> dict[str, pa.DataType]:

@@ -1,0 +1,137 @@
+"""What a task does with one partition of a run: make its part of the catalog, count, finish, take back.
+
+Every function is called on a worker, and returns a small result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import dask.dataframe as dd
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgcurate import schema
+from imgcurate.backend import Backend
+from imgcurate.catalog import Catalog
+from imgcurate.execution import RESULT_META, number_frame, result_frame
+from imgcurate.export import kept_counts
+from imgcurate.stages.executor import Program, frame_types
+from imgcurate.success import file_digest
+
+__all__ = ["count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part"]
+
+
+def made_parts(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, program: Program | None) -> dd.DataFrame:
+    """Return the frame that runs a program over partitions and writes the parts of a catalog: one task each.
+
+    Parameters
+    ----------
+    ddf : dask.dataframe.DataFrame
+        The rows, a partition for each of `numbers`.
+    numbers : sequence of int
+        The parts.
+    catalog : Catalog
+        Where they go.
+    program : Program, optional
+        What is done first. While images are decoded the partition is marked: one whose worker died in a
+        former attempt is decoded in a process of its own.
+    """
+    types = frame_types(ddf)
+    in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
+    out = program.output_schema(list(ddf.columns), types) if program else schema.arrow_schema(ddf.columns, types)
+    return dd.map_partitions(
+        _make_part, ddf, number_frame(numbers), catalog, program, in_schema, out,
+        meta=RESULT_META, align_dataframes=False, enforce_metadata=False,
+    )  # fmt: skip
+
+
+def _make_part(
+    frame: Any, numbers: pd.DataFrame, catalog: Catalog, program: Program | None, in_schema: pa.Schema, out: pa.Schema
+) -> pd.DataFrame:
+    number, table = _partition(frame, numbers, in_schema)
+    decodes = program is not None and program.decodes
+    isolated = catalog.attempts.begin(number) if decodes else False
+    try:
+        if program is not None:
+            table = program.run(table, isolated=isolated)
+        catalog.write_part(number, table.select(out.names).cast(out))
+    finally:
+        # What was raised was not the doing of an image, which would have killed this process.
+        if decodes:
+            catalog.attempts.end(number)
+    digest = file_digest(catalog.part_url(number), catalog.storage_options)
+    return result_frame(number, {**kept_counts(table), "file": asdict(digest)})
+
+
+def _partition(frame: Any, numbers: pd.DataFrame, in_schema: pa.Schema) -> tuple[int, pa.Table]:
+    backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
+    return int(numbers["number"].iloc[0]), backend.frame_to_arrow(frame, in_schema)
+
+
+def deltas(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, out: pa.Schema) -> dd.DataFrame:
+    """Return the frame that writes some columns of partitions as the deltas of a catalog's last phase."""
+    return dd.map_partitions(
+        _write_delta, ddf, number_frame(numbers), catalog, out,
+        meta=RESULT_META, align_dataframes=False, enforce_metadata=False,
+    )  # fmt: skip
+
+
+def _write_delta(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Schema) -> pd.DataFrame:
+    number, table = _partition(frame, numbers, out)
+    catalog.write_delta(number, table)
+    return result_frame(number, kept_counts(table))
+
+
+def failed_parts(
+    ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, out: pa.Schema, reasons: Mapping[int, str]
+) -> dd.DataFrame:
+    """Return the frame that writes the rows of partitions that failed, with the reason in place of what stages add."""
+    types = frame_types(ddf)
+    in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
+    return dd.map_partitions(
+        _write_failed, ddf, number_frame(numbers), catalog, in_schema, out, {n: reasons[n] for n in numbers},
+        meta=RESULT_META, align_dataframes=False, enforce_metadata=False,
+    )  # fmt: skip
+
+
+def _write_failed(
+    frame: Any,
+    numbers: pd.DataFrame,
+    catalog: Catalog,
+    in_schema: pa.Schema,
+    out: pa.Schema,
+    reasons: Mapping[int, str],
+) -> pd.DataFrame:
+    number, table = _partition(frame, numbers, in_schema)
+    was_ok = pc.equal(table[schema.STATUS], schema.STATUS_OK)
+    columns = {f.name: table[f.name] if f.name in in_schema.names else pa.nulls(len(table), f.type) for f in out}
+    columns[schema.STATUS] = pc.if_else(was_ok, schema.STATUS_FAILED, table[schema.STATUS])
+    columns[schema.REASON] = pc.if_else(was_ok, f"the partition failed: {reasons[number]}", table[schema.REASON])
+    table = pa.table(columns).cast(out)
+    catalog.write_part(number, table)
+    catalog.attempts.end(number)
+    return result_frame(number, kept_counts(table))
+
+
+def count_part(number: int, catalog: Catalog) -> dict[str, Any]:
+    """Return the rows of a part by status."""
+    return kept_counts(catalog.read(number, [schema.STATUS]))
+
+
+def finish_part(number: int, catalog: Catalog) -> dict[str, Any]:
+    """Merge what the phases decided into a part, and return what the file is."""
+    catalog.merge(number)
+    return asdict(file_digest(catalog.part_url(number), catalog.storage_options))
+
+
+def reset_part(number: int, catalog: Catalog, columns: Sequence[str]) -> dict[str, Any]:
+    """Bring a part to the state after the first phase; remove it if it has failed."""
+    if count_part(number, replace(catalog, phases=())).get(schema.STATUS_FAILED):
+        catalog.remove_part(number)
+    else:
+        catalog.reset(number, columns)
+    return {}
