@@ -276,8 +276,9 @@ def _why_not(exc: BaseException, address: str) -> str:
         return "TLS is asked for, and the address is not one of tls://"
     if any(isinstance(c, (ConnectionResetError, asyncio.IncompleteReadError)) for c in causes) or not str(exc):
         return f"it closes the connection. If it speaks TLS, its address begins with tls://, and it needs {files}"
-    text = " ".join(str(causes[-1] if isinstance(causes[-1], OSError) else exc).split())
-    return text or type(exc).__name__
+    # The innermost says most; of a last try that the time limit ended there is none with words.
+    told = [" ".join(str(c).split()) for c in causes if c is exc or isinstance(c, OSError)]
+    return next((text for text in reversed(told) if text), type(exc).__name__)
 
 
 def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalCluster:
