@@ -21,9 +21,12 @@ import gc
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import dask
+import dask.dataframe as dd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -39,6 +42,7 @@ __all__ = [
     "cpu_count",
     "get_backend",
     "is_out_of_memory",
+    "lazy_frame",
     "list_array",
     "why_no_gpu",
 ]
@@ -104,15 +108,15 @@ class Backend:
         """Return a pandas or cudf frame that holds an Arrow table without loss."""
         if self.is_gpu:
             return importlib.import_module("cudf").DataFrame.from_arrow(table)
-        columns = {}
+        columns: dict[str, Any] = {}
         for field in table.schema:
             dtype: Any = schema.pandas_dtype(field.name, field.type)
             column = table.column(field.name)
             if isinstance(dtype, pd.api.extensions.ExtensionDtype):
-                columns[field.name] = pd.Series(dtype.__from_arrow__(column))  # type: ignore[attr-defined]
+                columns[field.name] = dtype.__from_arrow__(column)  # type: ignore[attr-defined]
             else:
-                columns[field.name] = column.to_pandas().astype(dtype)
-        return pd.DataFrame(columns)
+                columns[field.name] = column.to_numpy(zero_copy_only=False).astype(dtype, copy=True)
+        return pd.DataFrame(columns, copy=False)
 
     def frame_to_arrow(self, frame: Any, schema_: pa.Schema) -> pa.Table:
         """Return a pandas or cudf frame as an Arrow table of exactly `schema_`."""
@@ -206,6 +210,18 @@ class Backend:
                 random_state=random_state,
             ).fit(x)
         return np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
+
+
+def lazy_frame(
+    make: Callable[..., Any], /, *items: Sequence[Any], meta: Any, label: str, **kwargs: Any
+) -> dd.DataFrame:
+    """Return the Dask DataFrame whose partitions are what a function makes of items; ``dd.from_map`` as it is needed.
+
+    Nothing is done to what the function returns: its dtypes are those of `meta`, and Dask does not make strings
+    of its columns.
+    """
+    with dask.config.set({"dataframe.convert-string": False}):
+        return dd.from_map(make, *items, meta=meta, label=label, enforce_metadata=False, **kwargs)
 
 
 def list_array(array: npt.NDArray[Any], valid: npt.NDArray[np.bool_] | None = None) -> pa.ListArray:

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcurate import schema
-from imgcurate.backend import get_backend
+from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.errors import CatalogError
 from imgcurate.storage import (
     StorageOptions,
@@ -393,14 +393,13 @@ class Catalog:
         """Return the catalog as a lazy Dask DataFrame, a partition per part."""
         names = list(columns) if columns is not None else self.schema.names
         backend = get_backend(device)
-        return dd.from_map(
+        return lazy_frame(
             _read_frame,
             list(range(self.n_parts)),
             catalog=self,
             names=names,
             device=backend.name,
             meta=backend.meta(pa.schema([self.schema.field(n) for n in names])),
-            enforce_metadata=False,
             label="read-catalog",
         )
 

@@ -16,13 +16,14 @@ from functools import partial
 from typing import Any, Final
 
 import dask.dataframe as dd
+import numpy as np
 import pandas as pd
 from distributed import Client, Future, as_completed, futures_of
 from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from imgcurate.backend import is_out_of_memory
+from imgcurate.backend import is_out_of_memory, lazy_frame
 from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, PartitionsError, printable
 from imgcurate.filesystems import StorageError
 from imgcurate.liveness import NO_WORKER_ERRORS, Liveness
@@ -57,13 +58,13 @@ logger = logging.getLogger(__name__)
 
 def result_frame(number: int, result: dict[str, Any]) -> pd.DataFrame:
     """Return what a task sends back: its partition's number and a small result."""
-    return pd.DataFrame({"number": [number], "result": [json.dumps(result)]}).astype(RESULT_META.dtypes)
+    return pd.DataFrame({"number": np.array([number]), "result": [json.dumps(result)]})
 
 
 def number_frame(numbers: Sequence[int]) -> dd.DataFrame:
     """Return a frame of the given partition numbers, one per partition, to go beside another frame."""
     meta = pd.DataFrame({"number": pd.Series(dtype="int64")})
-    return dd.from_map(_one_number, list(numbers), once=_once(), meta=meta, enforce_metadata=False, label="number")
+    return lazy_frame(_one_number, list(numbers), once=_once(), meta=meta, label="number")
 
 
 def _once() -> str:
@@ -77,16 +78,16 @@ def _once() -> str:
 
 def _one_number(number: int, once: str) -> pd.DataFrame:
     del once
-    return pd.DataFrame({"number": [number]})
+    return pd.DataFrame({"number": np.array([number])})
 
 
 def call_frame(
     function: Callable[..., dict[str, Any]], numbers: Sequence[int], items: Sequence[Any], **kwargs: Any
 ) -> dd.DataFrame:
     """Return a frame whose partitions are ``function(item, **kwargs)``, for :func:`run_waves`."""
-    return dd.from_map(
+    return lazy_frame(
         _call, list(numbers), list(items), function=function, kwargs=kwargs, once=_once(),
-        meta=RESULT_META, enforce_metadata=False, label=getattr(function, "__name__", "work").strip("_"),
+        meta=RESULT_META, label=getattr(function, "__name__", "work").strip("_"),
     )  # fmt: skip
 
 
@@ -99,8 +100,8 @@ def _call(
 
 def run_waves(
     client: Client,
-    build: Callable[[list[int]], dd.DataFrame],
-    numbers: Iterable[int],
+    build: Callable[[list[Any]], dd.DataFrame],
+    numbers: Iterable[int] | Iterable[Sequence[int]],
     *,
     phase: str,
     resources: dict[str, float] | None = None,
@@ -120,9 +121,11 @@ def run_waves(
         The cluster.
     build : callable
         Takes partition numbers and returns a frame with one partition for each, in this order, whose rows are
-        those of :func:`result_frame`.
-    numbers : iterable of int
-        The partitions to run.
+        those of :func:`result_frame`. If `numbers` are bundles it takes some of these, and one partition
+        has the rows of a bundle.
+    numbers : iterable of int, or of sequences of int
+        The partitions to run; those that one task is to do are a *bundle*. If a bundle fails its partitions
+        run alone.
     phase : str
         Named in progress and errors.
     resources : dict, optional
@@ -182,22 +185,21 @@ def run_on_client(
         return run_waves(
             client, lambda n: call_frame(function, n, n), todo, phase=phase, resources=resources, progress=progress
         )
-    bundles = [todo[i : i + size] for i in range(0, len(todo), size)]
-
-    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-        del result
-        if progress:
-            progress(phase, len(todo) if done == total else done * size, len(todo), {})
-
-    found = run_waves(
-        client, lambda n: call_frame(partial(_run_bundle, function), n, [bundles[i] for i in n]), range(len(bundles)),
-        phase=phase, resources=resources, progress=show,
+    return run_waves(
+        client, partial(_bundle_frame, function), [todo[i : i + size] for i in range(0, len(todo), size)],
+        phase=phase, resources=resources, progress=progress,
     )  # fmt: skip
-    return {int(number): result for bundle in found.values() for number, result in bundle.items()}
 
 
-def _run_bundle(function: Callable[[int], dict[str, Any]], numbers: Sequence[int]) -> dict[str, Any]:
-    return {str(number): function(number) for number in numbers}
+def _bundle_frame(function: Callable[[int], dict[str, Any]], bundles: list[list[int]]) -> dd.DataFrame:
+    return lazy_frame(
+        _run_bundle, bundles, function=function, once=_once(), meta=RESULT_META, label="bundle"
+    )  # fmt: skip
+
+
+def _run_bundle(numbers: Sequence[int], function: Callable[[int], dict[str, Any]], once: str) -> pd.DataFrame:
+    del once
+    return pd.concat([result_frame(number, function(number)) for number in numbers])
 
 
 def may_pass(error: BaseException) -> bool:
@@ -220,13 +222,16 @@ def _reason(error: BaseException) -> str:
     return printable(text if isinstance(error, ImgcurateError) and text else f"{type(error).__name__}: {text}")
 
 
+_Outcome = dict[int, dict[str, Any]] | BaseException
+
+
 class _Waves:
     """The partitions of one phase: what is in flight, done, suspect and failed."""
 
     def __init__(
         self,
         client: Client,
-        build: Callable[[list[int]], dd.DataFrame],
+        build: Callable[[list[Any]], dd.DataFrame],
         phase: str,
         resources: dict[str, float] | None,
         progress: Progress | None,
@@ -235,26 +240,29 @@ class _Waves:
         self._resources = resources
         self._liveness = Liveness(client, phase, resources)
         self._done: as_completed = as_completed(loop=client.loop)
-        self._pending: dict[Future, int] = {}
-        self._fetches: Counter[int] = Counter()
+        self._pending: dict[Future, tuple[int, ...]] = {}
+        self._fetches: Counter[Future] = Counter()
         self._results: dict[int, dict[str, Any]] = {}
         self._suspects: dict[int, BaseException] = {}
         self._failed: dict[int, str] = {}
         self._first: BaseException | None = None
         self._in_a_row = self._total = 0
+        self._bundled = False
         self.allow(0, None)
 
     def allow(self, max_failed: int, report: dict[int, str] | None) -> None:
         """Say how many partitions may fail, and where that is told."""
         self._max_failed, self._report = max_failed, report
 
-    def run(self, numbers: list[int]) -> dict[int, dict[str, Any]]:
+    def run(self, numbers: list[Any]) -> dict[int, dict[str, Any]]:
         """Run the partitions and return their results."""
-        self._total = len(numbers)
+        self._bundled = bool(numbers) and not isinstance(numbers[0], int)
+        bundles = [tuple(n) if self._bundled else (n,) for n in numbers]
+        self._total = sum(map(len, bundles))
         self._liveness.check()
         threads = self._threads()
         wave, most_in_a_row = max(_MIN_WAVE, 8 * threads), max(_MIN_IN_A_ROW, 2 * threads)
-        todo = deque(numbers)
+        todo = deque(bundles)
         while todo or self._pending:
             if todo and self._in_a_row >= most_in_a_row and self._is_too_many():
                 # Before more work is done in vain: does anything still work?
@@ -288,19 +296,19 @@ class _Waves:
     def _is_too_many(self) -> bool:
         return len(self._failed) + len(self._suspects) > self._max_failed
 
-    def _submit(self, numbers: list[int]) -> None:
-        frame = self._build(numbers).optimize()
+    def _submit(self, bundles: list[tuple[int, ...]]) -> None:
+        frame = self._build([list(b) if self._bundled else b[0] for b in bundles]).optimize()
         try:
             frame = self._client.persist(frame, resources=self._resources)
         except (CommClosedError, ClosedClientError) as exc:
             raise self._liveness.lost(exc) from exc
         # The keys of a frame are (name, position of the partition).
         futures = sorted(futures_of(frame), key=lambda future: future.key[1])
-        self._pending.update(zip(futures, numbers, strict=True))
+        self._pending.update(zip(futures, bundles, strict=True))
         self._done.update(futures)
 
-    def _next(self) -> tuple[int, dict[str, Any] | BaseException]:
-        """Wait for a partition to end; return its number, and its result or what it raised."""
+    def _next(self) -> tuple[tuple[int, ...], _Outcome]:
+        """Wait for a bundle to end; return its numbers, and their results or what it raised."""
         while True:
             while not self._done.has_ready():
                 self._liveness.check()
@@ -311,18 +319,20 @@ class _Waves:
             if outcome is None:
                 self._done.add(future)
                 continue
-            number = self._pending.pop(future)
+            numbers = self._pending.pop(future)
             future.release()
             self._liveness.alive()
-            return number, outcome
+            return numbers, outcome
 
-    def _outcome(self, future: Future) -> dict[str, Any] | BaseException | None:
+    def _outcome(self, future: Future) -> _Outcome | None:
         """Return the result of a future or what its task raised; None if it has to be waited for again."""
         if future.status in ("lost", "pending"):
             # The worker died before the result was here: the scheduler has it made again.
             return None
         try:
-            result: dict[str, Any] = json.loads(future.result(timeout=_FETCH_S)["result"].iloc[0])
+            frame = future.result(timeout=_FETCH_S)
+            pairs = zip(frame["number"].tolist(), frame["result"].tolist(), strict=True)
+            result = {number: json.loads(text) for number, text in pairs}
         except KeyboardInterrupt:
             raise
         except BaseException as exc:
@@ -334,22 +344,22 @@ class _Waves:
                 raise self._liveness.lost(exc) from exc
             if not isinstance(exc, OSError):
                 raise
-            number = self._pending[future]
-            self._fetches[number] += 1
-            return exc if self._fetches[number] > _FETCHES else None
+            self._fetches[future] += 1
+            return exc if self._fetches[future] > _FETCHES else None
         return result
 
-    def _take(self, number: int, outcome: dict[str, Any] | BaseException) -> None:
-        """Take note of how a partition ended that did not run alone."""
+    def _take(self, numbers: tuple[int, ...], outcome: _Outcome) -> None:
+        """Take note of how a bundle ended whose partitions did not run alone."""
         if isinstance(outcome, dict):
-            self._finish(number, outcome)
-        elif may_pass(outcome):
+            for number, result in outcome.items():
+                self._finish(number, result)
+        elif may_pass(outcome) or (len(numbers) > 1 and self._max_failed):
             level = logging.INFO if self._suspects else logging.WARNING
-            logger.log(level, "%s: partition %d is tried again later: %s", self._phase, number, _reason(outcome))
-            self._suspects[number] = outcome
+            logger.log(level, "%s: partition %d is tried again later: %s", self._phase, numbers[0], _reason(outcome))
+            self._suspects.update(dict.fromkeys(numbers, outcome))
             self._in_a_row += 1
         else:
-            self._fail(number, outcome)
+            self._fail(numbers[0], outcome)
 
     def _finish(self, number: int, result: dict[str, Any]) -> None:
         self._in_a_row = 0
@@ -396,7 +406,7 @@ class _Waves:
             del self._suspects[number]
             if isinstance(outcome, dict):
                 in_a_row = 0
-                self._finish(number, outcome)
+                self._finish(number, outcome[number])
                 if until_done:
                     break
             else:
@@ -404,9 +414,9 @@ class _Waves:
                 self._fail(number, outcome)
         return in_a_row == 0
 
-    def _run_alone(self, number: int) -> dict[str, Any] | BaseException:
+    def _run_alone(self, number: int) -> _Outcome:
         for _ in range(_RUNS_ALONE):
-            self._submit([number])
+            self._submit([(number,)])
             _, outcome = self._next()
             # One that killed all these workers alone is to blame: others would die as well.
             if isinstance(outcome, (dict, KilledWorker)) or not may_pass(outcome):

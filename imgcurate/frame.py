@@ -10,7 +10,7 @@ import dask.dataframe as dd
 import pyarrow as pa
 
 from imgcurate import schema
-from imgcurate.backend import get_backend
+from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.errors import ConfigError
 from imgcurate.inputs import find_shards
 from imgcurate.shards import Shard, index_shard
@@ -87,7 +87,7 @@ def frame_of_groups(
 ) -> dd.DataFrame:
     """Return the lazy frame of these partitions; see :func:`read_webdataset`."""
     backend = get_backend(device)
-    return dd.from_map(
+    return lazy_frame(
         _read_frame,
         list(groups),
         text_columns=tuple(text_columns),
@@ -95,7 +95,6 @@ def frame_of_groups(
         device=backend.name,
         storage_options=storage_options,
         meta=backend.meta(index_schema(text_columns, sidecars)),
-        enforce_metadata=False,
         label="read-webdataset",
     )
 

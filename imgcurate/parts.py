@@ -5,71 +5,102 @@ Every function is called on a worker, and returns a small result.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import dask.dataframe as dd
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcurate import schema
-from imgcurate.backend import Backend
+from imgcurate.backend import Backend, lazy_frame
 from imgcurate.catalog import Catalog
 from imgcurate.execution import RESULT_META, number_frame, result_frame
 from imgcurate.export import kept_counts
 from imgcurate.stages.executor import Program, frame_types
 from imgcurate.success import file_digest
 
-__all__ = ["count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part"]
+__all__ = ["Bundle", "count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part"]
 
 
-def made_parts(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, program: Program | None) -> dd.DataFrame:
-    """Return the frame that runs a program over partitions and writes the parts of a catalog: one task each.
+Bundle = Sequence[tuple[int, int]]
+"""Parts that one task makes: (number of the part, number of its first input shard) each, in order."""
+
+
+def made_parts(ddf: dd.DataFrame, bundles: Sequence[Bundle], catalog: Catalog, program: Program | None) -> dd.DataFrame:
+    """Return the frame that runs a program over partitions and writes the parts of a catalog: a task for each bundle.
 
     Parameters
     ----------
     ddf : dask.dataframe.DataFrame
-        The rows, a partition for each of `numbers`.
-    numbers : sequence of int
+        The rows, a partition for each of `bundles`.
+    bundles : sequence of Bundle
         The parts.
     catalog : Catalog
         Where they go.
     program : Program, optional
-        What is done first. While images are decoded the partition is marked: one whose worker died in a
-        former attempt is decoded in a process of its own.
+        What is done first. While images are decoded the parts are marked: those whose worker died in a
+        former attempt are decoded in a process of its own.
     """
     types = frame_types(ddf)
     in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
     out = program.output_schema(list(ddf.columns), types) if program else schema.arrow_schema(ddf.columns, types)
     return dd.map_partitions(
-        _make_part, ddf, number_frame(numbers), catalog, program, in_schema, out,
+        _make_parts, ddf, _bundle_frame(bundles), catalog, program, in_schema, out,
         meta=RESULT_META, align_dataframes=False, enforce_metadata=False,
     )  # fmt: skip
 
 
-def _make_part(
-    frame: Any, numbers: pd.DataFrame, catalog: Catalog, program: Program | None, in_schema: pa.Schema, out: pa.Schema
+def _bundle_frame(bundles: Sequence[Bundle]) -> dd.DataFrame:
+    meta = pd.DataFrame({"number": pd.Series(dtype="int64"), "first": pd.Series(dtype="int64")})
+    return lazy_frame(_one_bundle, list(bundles), meta=meta, label="bundle", once=uuid.uuid4().hex)
+
+
+def _one_bundle(bundle: Bundle, once: str) -> pd.DataFrame:
+    del once
+    numbers, firsts = zip(*bundle, strict=True)
+    return pd.DataFrame({"number": np.array(numbers), "first": np.array(firsts)})
+
+
+def _make_parts(
+    frame: Any, bundle: pd.DataFrame, catalog: Catalog, program: Program | None, in_schema: pa.Schema, out: pa.Schema
 ) -> pd.DataFrame:
-    number, table = _partition(frame, numbers, in_schema)
-    decodes = program is not None and program.decodes
-    isolated = catalog.attempts.begin(number) if decodes else False
+    numbers, firsts = bundle["number"].tolist(), bundle["first"].to_numpy()
+    table = _table(frame, in_schema)
+    marked = numbers if program is not None and program.decodes else []
+    begun_before = [catalog.attempts.begin(number) for number in marked]
+    results = []
     try:
         if program is not None:
-            table = program.run(table, isolated=isolated)
-        catalog.write_part(number, table.select(out.names).cast(out))
+            table = program.run(table, isolated=any(begun_before))
+        table = table.select(out.names).cast(out)
+        shards = table[schema.UID].to_numpy() >> schema.UID_SHARD_BITS
+        starts = [*np.searchsorted(shards, firsts[1:]).tolist(), len(table)]
+        for number, start, stop in zip(numbers, [0, *starts], starts, strict=False):
+            results.append(_write_part(number, table.slice(start, stop - start), catalog))
     finally:
         # What was raised was not the doing of an image, which would have killed this process.
-        if decodes:
+        for number in marked:
             catalog.attempts.end(number)
+    return pd.concat(results)
+
+
+def _write_part(number: int, table: pa.Table, catalog: Catalog) -> pd.DataFrame:
+    catalog.write_part(number, table)
     digest = file_digest(catalog.part_url(number), catalog.storage_options)
     return result_frame(number, {**kept_counts(table), "file": asdict(digest)})
 
 
-def _partition(frame: Any, numbers: pd.DataFrame, in_schema: pa.Schema) -> tuple[int, pa.Table]:
-    backend = Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu")
-    return int(numbers["number"].iloc[0]), backend.frame_to_arrow(frame, in_schema)
+def _table(frame: Any, in_schema: pa.Schema) -> pa.Table:
+    return Backend("cpu" if isinstance(frame, pd.DataFrame) else "gpu").frame_to_arrow(frame, in_schema)
+
+
+def _number(numbers: pd.DataFrame) -> int:
+    return int(numbers["number"].iloc[0])
 
 
 def deltas(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, out: pa.Schema) -> dd.DataFrame:
@@ -81,7 +112,7 @@ def deltas(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, out: pa.
 
 
 def _write_delta(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Schema) -> pd.DataFrame:
-    number, table = _partition(frame, numbers, out)
+    number, table = _number(numbers), _table(frame, out)
     catalog.write_delta(number, table)
     return result_frame(number, kept_counts(table))
 
@@ -106,7 +137,7 @@ def _write_failed(
     out: pa.Schema,
     reasons: Mapping[int, str],
 ) -> pd.DataFrame:
-    number, table = _partition(frame, numbers, in_schema)
+    number, table = _number(numbers), _table(frame, in_schema)
     was_ok = pc.equal(table[schema.STATUS], schema.STATUS_OK)
     columns = {f.name: table[f.name] if f.name in in_schema.names else pa.nulls(len(table), f.type) for f in out}
     columns[schema.STATUS] = pc.if_else(was_ok, schema.STATUS_FAILED, table[schema.STATUS])

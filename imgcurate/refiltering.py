@@ -21,7 +21,7 @@ from distributed import Client
 from distributed.security import Security
 
 from imgcurate import schema
-from imgcurate.backend import get_backend
+from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.batches import ImageBatch
 from imgcurate.catalog import Catalog, Manifest, undecided
 from imgcurate.errors import ConfigError, InputError, nearest
@@ -287,13 +287,14 @@ class _CatalogOrigin(Origin):
     def reader(self) -> None:
         """Nothing is decoded."""
 
-    def frame(self, numbers: Sequence[int], device: str) -> dd.DataFrame:
-        """Return the rows of some parts as they were before any rule."""
+    def frame(self, bundles: Sequence[Sequence[int]], device: str) -> dd.DataFrame:
+        """Return the rows of parts as they were before any rule."""
+        numbers = [number for bundle in bundles for number in bundle]
         out = schema.arrow_schema(self.types, self.types)
         backend = get_backend(device)
-        return dd.from_map(
-            _read_part, list(numbers), catalog=self.catalog, names=out.names, by_rule=self._by_rule,
-            device=backend.name, meta=backend.meta(out), enforce_metadata=False, label="read-catalog",
+        return lazy_frame(
+            _read_part, numbers, catalog=self.catalog, names=out.names, by_rule=self._by_rule,
+            device=backend.name, meta=backend.meta(out), label="read-catalog",
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from distributed import Client
 
 from imgcurate import schema
-from imgcurate.backend import Backend, get_backend
+from imgcurate.backend import Backend, get_backend, lazy_frame
 from imgcurate.catalog import Catalog
 from imgcurate.dedup.exchange import TaskRunner
 from imgcurate.dedup.verdicts import DedupJob, Ledger
@@ -86,9 +86,9 @@ def decided_frame(job: DedupJob, run_tasks: TaskRunner, device: str, columns: Se
     types = {f.name: f.type for f in job.catalog.schema}
     out = schema.arrow_schema(columns, types | {c: schema.arrow_type(c) for c in columns if c in schema.COLUMNS})
     backend = get_backend(device)
-    return dd.from_map(
+    return lazy_frame(
         _decided_part, list(range(job.catalog.n_parts)), ledger=ledger, out=out, device=backend.name,
-        meta=backend.meta(out), enforce_metadata=False, label="dedup",
+        meta=backend.meta(out), label="dedup",
     )  # fmt: skip
 
 
