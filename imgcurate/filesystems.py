@@ -33,7 +33,7 @@ StorageOptions = Mapping[str, Any]
 _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 
-ATTEMPTS: Final = 8
+ATTEMPTS: Final = 10
 _FIRST_DELAY_S: Final = 0.1
 _LONGEST_DELAY_S: Final = 30.0
 _STALL_S: Final = 30.0

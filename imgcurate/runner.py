@@ -30,7 +30,7 @@ from imgcurate.preflight import check_storage, check_versions
 from imgcurate.results import Result
 from imgcurate.stages.base import DatasetStage, columns_added
 from imgcurate.stages.executor import apply_stages, make_program
-from imgcurate.storage import exclusive, join_url, list_files, make_folder, remove_temporary_files, remove_tree
+from imgcurate.storage import exclusive, exists, join_url, list_files, make_folder, remove_temporary_files, remove_tree
 from imgcurate.success import FileDigest, Success, file_digest
 
 __all__ = ["Run"]
@@ -114,7 +114,13 @@ class Run:
         manifest = find_run(self.folder, self._config, work=_WORK, overwrite=overwrite, resume=resume, grows=True)
         if manifest is None or manifest.state != "done" or manifest.fingerprint != fingerprint(self._config):
             return None
-        return None if self._retries(manifest) else self._result(manifest)
+        if self._retries(manifest):
+            return None
+        if exists(checkpoints := Catalog(self.folder, 0).checkpoint_folder):
+            # The run was killed when all but this was done.
+            with exclusive(self.folder):
+                remove_tree(checkpoints)
+        return self._result(manifest)
 
     def _retries(self, manifest: Manifest) -> bool:
         """Whether partitions that failed in a run which is done are to be tried again."""

@@ -29,6 +29,15 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _environment() -> Iterator[None]:
+    """Leave the environment as it was: nannies set in it how quiet their workers are to be."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Return each backend in turn; the GPU's is skipped where there is none."""

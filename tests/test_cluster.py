@@ -171,4 +171,4 @@ def test_a_scheduler_that_is_lost(shards: Path, tmp_path: Path) -> None:
         _, err = run.communicate(timeout=120)
     assert run.returncode == 1
     assert err.count("\n") == 1, err
-    assert f"the connection to the scheduler at {address} is lost" in err
+    assert f"the connection to the scheduler at {address} was lost" in err

@@ -178,6 +178,14 @@ def test_inputs_that_changed_or_went_are_another_run(tars, tmp_path, client) -> 
         run(tmp_path / "in", tmp_path / "OUT", client)
 
 
+def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(tars, tmp_path, client) -> None:
+    add(tars[:1], tmp_path / "in")
+    first = run(tmp_path / "in", tmp_path / "OUT", client)
+    (tmp_path / "OUT" / "checkpoint" / "attempts").mkdir(parents=True)
+    assert run(tmp_path / "in", tmp_path / "OUT", client) == first
+    assert not (tmp_path / "OUT" / "checkpoint").exists()
+
+
 def test_resume_needs_the_run(tars, tmp_path, client) -> None:
     add(tars[:1], tmp_path / "in")
     with pytest.raises(ConfigError, match="holds no run to go on with"):

@@ -147,8 +147,8 @@ def test_a_fifth_of_the_requests_fails(serve: Callable[..., Server], data: bytes
         (410, InputError, "no such input", 1),
         (401, storage.StorageError, "access denied .the server answers 401", 1),
         (403, storage.StorageError, "access denied .the server answers 403", 1),
-        (429, storage.StorageError, "the server answers 429 .*8 attempts", 8),
-        (503, storage.StorageError, "the server answers 503 .*8 attempts", 8),
+        (429, storage.StorageError, "the server answers 429 .*10 attempts", 10),
+        (503, storage.StorageError, "the server answers 503 .*10 attempts", 10),
     ],
 )
 def test_statuses(serve: Callable[..., Server], status: int, error: type, message: str, requests: int) -> None:
@@ -184,7 +184,7 @@ def test_a_body_that_never_comes_whole_is_an_error_not_the_end(folder: Path, ran
 
     with Server(cut) as server:
         source = storage.open_source(f"{server.url}/x.bin")
-        with pytest.raises(storage.StorageError, match=r"x.bin.*8 attempts"):
+        with pytest.raises(storage.StorageError, match=r"x.bin.*10 attempts"):
             source.pread(0, MIB)
 
 

@@ -165,7 +165,7 @@ def test_a_server_that_is_gone_ends_the_run_in_a_line_and_it_can_go_on(
     monkeypatch.setattr(filesystems, "_FIRST_DELAY_S", 0.001)
     run = pipeline(f"{bucket}/in/*.tar", faulty_options(s3))
     s3.gone_after = 20
-    with pytest.raises(storage.StorageError, match=r"cannot read s3://data/in/0000..tar.*8 attempts") as caught:
+    with pytest.raises(storage.StorageError, match=r"cannot read s3://data/in/0000..tar.*10 attempts") as caught:
         run.run(str(tmp_path / "OUT"), client=client)
     assert "\n" not in str(caught.value)
     s3.gone_after = None
@@ -184,7 +184,7 @@ def test_the_command_line_says_in_a_line_that_there_is_no_server(
     (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 1
     assert line.startswith("imgcurate: failed: cannot list s3://data/in/*.tar: Could not connect to the endpoint URL")
-    assert line.endswith("(8 attempts)")
+    assert line.endswith("(10 attempts)")
 
 
 def test_the_output_may_lie_in_a_bucket(

@@ -115,5 +115,5 @@ def test_remote_read_gives_up_with_the_reason(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(source._file._fs, "cat_file", dead)
     monkeypatch.setattr(filesystems.time, "sleep", lambda _: None)
-    with pytest.raises(storage.StorageError, match="cannot read .*dead.bin at byte 0: 503 slow down .8 attempts"):
+    with pytest.raises(storage.StorageError, match="cannot read .*dead.bin at byte 0: 503 slow down .10 attempts"):
         source.pread(0, 5)
