@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from distributed import Client
+from distributed import Client, SpecCluster
 from distributed.client import FutureCancelledError
 from distributed.scheduler import NoValidWorkerError, NoWorkerError
 
@@ -79,10 +79,23 @@ class Liveness:
                 )
             return
         self._heard = now
+        self._revive()
         if any(self._is_fit(worker) for worker in workers.values()):
             self._fit_seen = now
         elif now - self._fit_seen > NO_WORKER_S:
             raise ClusterError(f"{self._phase}: {self._why_none(workers)}")
+
+    def _revive(self) -> None:
+        """Let this process's own cluster start workers in place of those that it has given up.
+
+        It does so with a worker that is not there a while after it died, also if its nanny has just started it
+        again and it died once more.
+        """
+        cluster = self._client.cluster
+        if isinstance(cluster, SpecCluster) and len(cluster.workers) < len(cluster.worker_spec):
+            logger.info("%s: %d workers have gone for good: starting others", self._phase,
+                        len(cluster.worker_spec) - len(cluster.workers))  # fmt: skip
+            cluster.scale(len(cluster.worker_spec))
 
     def lost(self, error: BaseException | None = None) -> ClusterError:
         """Return the error for futures that were cancelled, or a client that is not connected any more."""
