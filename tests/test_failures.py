@@ -175,10 +175,10 @@ def test_errors_that_stay(error: BaseException) -> None:
     assert not may_pass(error)
 
 
-def test_errors_that_pass_are_tried_again_alone(nannies: Client, tmp_path: Path) -> None:
+def test_errors_that_pass_are_tried_again_alone(client: Client, tmp_path: Path) -> None:
     bad = {3 * k: [error] for k, error in enumerate(PASSES)} | {20: [OSError("a"), OSError("b")]}
     failed: dict[int, str] = {}
-    results = run_waves(nannies, build(fail, folder=str(tmp_path), bad=bad), range(N), phase="work", failed=failed)
+    results = run_waves(client, build(fail, folder=str(tmp_path), bad=bad), range(N), phase="work", failed=failed)
     assert results == squares(range(N))
     assert failed == {}
     assert runs(tmp_path) == Counter({n: 1 + len(bad.get(n, [])) for n in range(N)})

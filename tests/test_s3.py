@@ -17,7 +17,7 @@ from servers import Answer, Proxy, Server
 from test_pipeline import Flaky, checksums, tiny_pipeline
 
 from imgcurate import SemanticDedupStage, cli, filesystems, remote, storage
-from imgcurate.errors import ConfigError, ImgcurateError, InputError
+from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, InputError
 
 moto_server = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")
@@ -165,7 +165,7 @@ def test_a_server_that_is_gone_ends_the_run_in_a_line_and_it_can_go_on(
     monkeypatch.setattr(filesystems, "_FIRST_DELAY_S", 0.001)
     run = pipeline(f"{bucket}/in/*.tar", faulty_options(s3))
     s3.gone_after = 20
-    with pytest.raises(storage.StorageError, match=r"cannot read s3://data/in/0000..tar.*10 attempts") as caught:
+    with pytest.raises(ClusterError, match=r"cannot read s3://data/in/0000..tar.*10 attempts.*run again") as caught:
         run.run(str(tmp_path / "OUT"), client=client)
     assert "\n" not in str(caught.value)
     s3.gone_after = None
@@ -203,7 +203,7 @@ def test_the_output_may_lie_in_a_bucket(
     result = run.run(f"{bucket}/OUT", client=client)
     s3.fault_rate = 0.0
     assert result.counts == from_disk.counts
-    assert storage.list_files(f"{bucket}/OUT", "") == ["catalog", "dedup", "manifest.json", "shards"]
+    assert storage.list_files(f"{bucket}/OUT", "") == ["_SUCCESS", "catalog", "dedup", "manifest.json", "shards"]
     for path in sorted((Path(from_disk.output_dir) / "shards").glob("*.tar")):
         assert storage.read_bytes(f"{bucket}/OUT/shards/{path.name}") == path.read_bytes()
     assert len(result.catalog) == 72
