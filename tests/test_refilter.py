@@ -111,13 +111,11 @@ def break_decoder_and_models() -> None:
 @pytest.mark.parametrize(
     ("changes", "direct"),
     [
-        ({"ImageQualityFilterStage": {"ranges": {"sharpness": [400, None]}}}, {"sharpness": 400}),
         ({"ImageQualityFilterStage": {"ranges": {"sharpness": [0, None]}}}, {"sharpness": 0}),
         (
             {"SemanticDedupStage": {"eps": 0.2}, "PerceptualDedupStage": {"max_distance": 0}},
             {"eps": 0.2, "distance": 0},
         ),
-        ({"SemanticDedupStage": {"eps": 0.001}}, {"eps": 0.001}),
         ({"SemanticDedupStage": None, "ImageWriterStage": {"images_per_tar": 7}}, {"eps": None, "images_per_tar": 7}),
         ({}, {}),
     ],
