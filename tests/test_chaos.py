@@ -188,7 +188,7 @@ def test_files_from_another_time(
 
 
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is not installed")
-@pytest.mark.parametrize("shift", ["-400d", "+400d"])
+@pytest.mark.parametrize("shift", ["-400d"])
 def test_a_clock_that_jumped(shift: str, shards: Path, client: Client, tmp_path: Path) -> None:
     out = tmp_path / "OUT"
     command = [sys.executable, "-m", "imgcurate", "curate", str(shards / "*.tar"), "-o", str(out), "--workers", "1",
