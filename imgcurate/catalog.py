@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import dask.dataframe as dd
 import pyarrow as pa
@@ -51,6 +51,7 @@ __all__ = [
     "Catalog",
     "Manifest",
     "fingerprint",
+    "load_record",
     "part_name",
     "read_batch",
     "read_parquet",
@@ -62,6 +63,7 @@ __all__ = [
 MANIFEST: Final = "manifest.json"
 _FORMAT: Final = 1
 _ROW_GROUP_ROWS: Final = 16_384
+_Record = TypeVar("_Record")
 
 
 def part_name(number: int) -> str:
@@ -149,6 +151,27 @@ def _is_float_list(type_: pa.DataType) -> bool:
     return bool(pa.types.is_list(type_) and pa.types.is_floating(type_.value_type))
 
 
+def load_record(
+    url: str, format_: int, make: Callable[[dict[str, Any]], _Record], storage_options: StorageOptions | None = None
+) -> _Record | None:
+    """Read a JSON file that imgcurate wrote, and return what is made of it; None if there is none.
+
+    Raises
+    ------
+    CatalogError
+        If it cannot be understood, or was written by another version.
+    """
+    if not exists(url, storage_options):
+        return None
+    try:
+        content = json.loads(read_bytes(url, storage_options))
+        if content.pop("format") != format_:
+            raise CatalogError(f"{url} was written by another version of imgcurate")
+        return make(content)
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise CatalogError(f"{url} is damaged: {exc}") from exc
+
+
 @dataclass
 class Manifest:
     """What ran, on what, and how it ended; one JSON file.
@@ -207,16 +230,7 @@ class Manifest:
         CatalogError
             If it cannot be understood.
         """
-        url = join_url(folder, MANIFEST)
-        if not exists(url, storage_options):
-            return None
-        try:
-            content = json.loads(read_bytes(url, storage_options))
-            if content.pop("format") != _FORMAT:
-                raise CatalogError(f"{url} was written by another version of imgcurate")
-            return Manifest(**content)
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
-            raise CatalogError(f"{url} is damaged: {exc}") from exc
+        return load_record(join_url(folder, MANIFEST), _FORMAT, lambda content: Manifest(**content), storage_options)
 
 
 @dataclass(frozen=True)

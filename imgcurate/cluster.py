@@ -91,7 +91,7 @@ def open_client(
         return
     _check_main_guard()
     backend = get_backend(device)
-    with _logging_alike():
+    with _worker_environment():
         if backend.is_gpu:
             cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
         else:
@@ -302,10 +302,11 @@ def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalC
     )
 
 
-def _logging_alike() -> Any:
+def _worker_environment() -> Any:
     """Make the workers that are started in this context, also later ones in their place, log as this process does.
 
-    Dask sets up its logging when it is imported, so the variable has to be there before a worker's Python starts.
+    Dask sets up its logging when it is imported, and glibc its memory when a process starts, so the variables
+    have to be there before a worker's Python is.
     """
     key, level = "distributed.nanny.pre-spawn-environ", dask.config.get("logging.distributed", None)
     more: dict[str, Any] = {"DASK_LOGGING__DISTRIBUTED": level} if isinstance(level, str) else {}

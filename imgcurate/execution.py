@@ -29,6 +29,7 @@ from imgcurate.filesystems import StorageError
 from imgcurate.liveness import NO_WORKER_ERRORS, Liveness
 
 __all__ = [
+    "COUNTS",
     "RESULT_META",
     "Progress",
     "call_frame",
@@ -37,10 +38,14 @@ __all__ = [
     "result_frame",
     "run_on_client",
     "run_waves",
+    "unique_key",
 ]
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """Called with (phase, partitions done, partitions in all, result of the last partition)."""
+
+COUNTS: Final = "counts"
+"""In the result of a partition, its rows by status."""
 
 RESULT_META: Final = pd.DataFrame({"number": pd.Series(dtype="int64"), "result": pd.Series(dtype="str")})
 _MOST_LIGHT: Final = 32
@@ -64,10 +69,10 @@ def result_frame(number: int, result: dict[str, Any]) -> pd.DataFrame:
 def number_frame(numbers: Sequence[int]) -> dd.DataFrame:
     """Return a frame of the given partition numbers, one per partition, to go beside another frame."""
     meta = pd.DataFrame({"number": pd.Series(dtype="int64")})
-    return lazy_frame(_one_number, list(numbers), once=_once(), meta=meta, label="number")
+    return lazy_frame(_one_number, list(numbers), once=unique_key(), meta=meta, label="number")
 
 
-def _once() -> str:
+def unique_key() -> str:
     """Return what makes the keys of a graph its own.
 
     Dask remembers a task that failed by its key as long as anybody holds its future, such as the
@@ -86,7 +91,7 @@ def call_frame(
 ) -> dd.DataFrame:
     """Return a frame whose partitions are ``function(item, **kwargs)``, for :func:`run_waves`."""
     return lazy_frame(
-        _call, list(numbers), list(items), function=function, kwargs=kwargs, once=_once(),
+        _call, list(numbers), list(items), function=function, kwargs=kwargs, once=unique_key(),
         meta=RESULT_META, label=getattr(function, "__name__", "work").strip("_"),
     )  # fmt: skip
 
@@ -193,7 +198,7 @@ def run_on_client(
 
 def _bundle_frame(function: Callable[[int], dict[str, Any]], bundles: list[list[int]]) -> dd.DataFrame:
     return lazy_frame(
-        _run_bundle, bundles, function=function, once=_once(), meta=RESULT_META, label="bundle"
+        _run_bundle, bundles, function=function, once=unique_key(), meta=RESULT_META, label="bundle"
     )  # fmt: skip
 
 

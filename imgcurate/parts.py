@@ -1,14 +1,14 @@
 """What a task does with one partition of a run: make its part of the catalog, count, finish, take back.
 
-Every function is called on a worker, and returns a small result.
+Every function is called on a worker, and returns a small result: :data:`COUNTS`, the rows by status, and
+:data:`FILE`, size and checksum of the part.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Final
 
 import dask.dataframe as dd
 import numpy as np
@@ -19,13 +19,15 @@ import pyarrow.compute as pc
 from imgcurate import schema
 from imgcurate.backend import Backend, lazy_frame
 from imgcurate.catalog import Catalog
-from imgcurate.execution import RESULT_META, number_frame, result_frame
+from imgcurate.execution import COUNTS, RESULT_META, number_frame, result_frame, unique_key
 from imgcurate.export import kept_counts
 from imgcurate.stages.executor import Program, frame_types
 from imgcurate.success import file_digest
 
-__all__ = ["Bundle", "count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part"]
+__all__ = ["FILE", "Bundle", "count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part"]
 
+
+FILE: Final = "file"
 
 Bundle = Sequence[tuple[int, int]]
 """Parts that one task makes: (number of the part, number of its first input shard) each, in order."""
@@ -57,7 +59,7 @@ def made_parts(ddf: dd.DataFrame, bundles: Sequence[Bundle], catalog: Catalog, p
 
 def _bundle_frame(bundles: Sequence[Bundle]) -> dd.DataFrame:
     meta = pd.DataFrame({"number": pd.Series(dtype="int64"), "first": pd.Series(dtype="int64")})
-    return lazy_frame(_one_bundle, list(bundles), meta=meta, label="bundle", once=uuid.uuid4().hex)
+    return lazy_frame(_one_bundle, list(bundles), meta=meta, label="bundle", once=unique_key())
 
 
 def _one_bundle(bundle: Bundle, once: str) -> pd.DataFrame:
@@ -92,7 +94,7 @@ def _make_parts(
 def _write_part(number: int, table: pa.Table, catalog: Catalog) -> pd.DataFrame:
     catalog.write_part(number, table)
     digest = file_digest(catalog.part_url(number), catalog.storage_options)
-    return result_frame(number, {**kept_counts(table), "file": asdict(digest)})
+    return result_frame(number, {COUNTS: kept_counts(table), FILE: asdict(digest)})
 
 
 def _table(frame: Any, in_schema: pa.Schema) -> pa.Table:
@@ -114,7 +116,7 @@ def deltas(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, out: pa.
 def _write_delta(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Schema) -> pd.DataFrame:
     number, table = _number(numbers), _table(frame, out)
     catalog.write_delta(number, table)
-    return result_frame(number, kept_counts(table))
+    return result_frame(number, {COUNTS: kept_counts(table)})
 
 
 def failed_parts(
@@ -145,23 +147,23 @@ def _write_failed(
     table = pa.table(columns).cast(out)
     catalog.write_part(number, table)
     catalog.attempts.end(number)
-    return result_frame(number, kept_counts(table))
+    return result_frame(number, {COUNTS: kept_counts(table)})
 
 
 def count_part(number: int, catalog: Catalog) -> dict[str, Any]:
     """Return the rows of a part by status."""
-    return kept_counts(catalog.read(number, [schema.STATUS]))
+    return {COUNTS: kept_counts(catalog.read(number, [schema.STATUS]))}
 
 
 def finish_part(number: int, catalog: Catalog) -> dict[str, Any]:
     """Merge what the phases decided into a part, and return what the file is."""
     catalog.merge(number)
-    return asdict(file_digest(catalog.part_url(number), catalog.storage_options))
+    return {FILE: asdict(file_digest(catalog.part_url(number), catalog.storage_options))}
 
 
 def reset_part(number: int, catalog: Catalog, columns: Sequence[str]) -> dict[str, Any]:
     """Bring a part to the state after the first phase; remove it if it has failed."""
-    if count_part(number, replace(catalog, phases=())).get(schema.STATUS_FAILED):
+    if count_part(number, replace(catalog, phases=()))[COUNTS].get(schema.STATUS_FAILED):
         catalog.remove_part(number)
     else:
         catalog.reset(number, columns)

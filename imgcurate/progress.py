@@ -25,6 +25,9 @@ _PLAIN_EVERY_S: Final = 10.0
 @contextmanager
 def show_progress(quiet: bool) -> Iterator[Progress | None]:
     """Yield a callback that shows one line per phase; plain lines where there is no terminal."""
+    # Dask, which takes long to import, is there by the time that something runs.
+    from imgcurate.execution import COUNTS
+
     console = Console(stderr=True)
     if quiet:
         yield None
@@ -42,8 +45,9 @@ def show_progress(quiet: bool) -> Iterator[Progress | None]:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total, kept="")
                 seen[phase] = [0, 0]
-            seen[phase][0] += result.get(schema.STATUS_OK, 0)
-            seen[phase][1] += sum(n for n in result.values() if isinstance(n, int))
+            counts = result.get(COUNTS, {})
+            seen[phase][0] += counts.get(schema.STATUS_OK, 0)
+            seen[phase][1] += sum(counts.values())
             ok, rows = seen[phase]
             bars.update(tasks[phase], completed=done, kept=f"{ok:,} of {rows:,} ok" if rows else "")
 

@@ -20,11 +20,11 @@ from imgcurate.backend import get_backend
 from imgcurate.catalog import Catalog, Manifest, fingerprint, part_name
 from imgcurate.cluster import cluster_device, open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
-from imgcurate.execution import Progress, call_frame, run_on_client, run_waves
+from imgcurate.execution import COUNTS, Progress, call_frame, run_on_client, run_waves
 from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
 from imgcurate.origins import Origin
 from imgcurate.outputs import find_run, open_run
-from imgcurate.parts import Bundle, count_part, deltas, failed_parts, finish_part, made_parts, reset_part
+from imgcurate.parts import FILE, Bundle, count_part, deltas, failed_parts, finish_part, made_parts, reset_part
 from imgcurate.plan import Phase, Plan
 from imgcurate.preflight import check_storage, check_versions
 from imgcurate.results import Result
@@ -321,10 +321,10 @@ class Run:
         results = {n: self._made[n] for n in numbers if n in self._made} if not catalog.phases else {}
         todo = [n for n in numbers if n not in results]
         results |= self._light("count", partial(count_part, catalog=catalog), todo)
-        self._kept = [results[n].get(schema.STATUS_OK, 0) for n in numbers]
+        self._kept = [results[n][COUNTS].get(schema.STATUS_OK, 0) for n in numbers]
         total: Counter[str] = Counter()
         for result in results.values():
-            total.update({status: n for status, n in result.items() if status != "file"})
+            total.update(result[COUNTS])
         return total
 
     def _export(self, catalog: Catalog, manifest: Manifest, images_per_tar: int) -> dict[str, FileDigest]:
@@ -362,10 +362,10 @@ class Run:
         """Merge what the phases decided into the parts, and return these as files."""
         with self._timed("finish"):
             numbers = range(catalog.n_parts)
-            results = {n: r["file"] for n, r in self._made.items() if "file" in r} if not catalog.phases else {}
+            results = {n: r for n, r in self._made.items() if FILE in r} if not catalog.phases else {}
             todo = [n for n in numbers if n not in results]
             results |= self._light("finish", partial(finish_part, catalog=catalog), todo)
-        return {f"catalog/{part_name(n)}": FileDigest(**results[n]) for n in numbers}
+        return {f"catalog/{part_name(n)}": FileDigest(**results[n][FILE]) for n in numbers}
 
     def _check(self, manifest: Manifest) -> None:
         written = sum(s["samples"] for s in manifest.shards)

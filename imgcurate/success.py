@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, Final
 
-from imgcurate.errors import CatalogError
-from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, open_source, read_bytes, remove
+from imgcurate.catalog import load_record
+from imgcurate.storage import StorageOptions, atomic_write, join_url, open_source, remove
 
 __all__ = ["SUCCESS", "FileDigest", "HashingWriter", "Success", "file_digest"]
 
@@ -122,17 +122,12 @@ class Success:
         CatalogError
             If it cannot be understood.
         """
-        url = join_url(folder, SUCCESS)
-        if not exists(url, storage_options):
-            return None
-        try:
-            content = json.loads(read_bytes(url, storage_options))
-            if content.pop("format") != _FORMAT:
-                raise CatalogError(f"{url} was written by another version of imgcurate")
-            content["files"] = {name: FileDigest(**digest) for name, digest in content["files"].items()}
-            return Success(**content)
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
-            raise CatalogError(f"{url} is damaged: {exc}") from exc
+
+        def make(content: dict[str, Any]) -> Success:
+            files = {name: FileDigest(**digest) for name, digest in content.pop("files").items()}
+            return Success(**content, files=files)
+
+        return load_record(join_url(folder, SUCCESS), _FORMAT, make, storage_options)
 
     @staticmethod
     def withdraw(folder: str, storage_options: StorageOptions | None = None) -> None:

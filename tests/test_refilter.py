@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from distributed import Client
 
-from imgcurate import ImageBatch, Pipeline, PixelView, ProcessingStage, Rule, refilter
+from imgcurate import ImageBatch, Pipeline, PixelView, ProcessingStage, Rule, refilter, verify_run
 from imgcurate.cluster import open_client
 from imgcurate.demo import make_demo_shards
 from imgcurate.errors import ConfigError, InputError
@@ -130,6 +130,7 @@ def test_it_is_as_if_the_run_had_been_so(tars, run, tmp_path, client, changes, d
     mine, theirs = result.catalog.compute(), expected.catalog.compute()
     for column in ("uid", "status", "reason", "duplicate_of", "phase", "red"):
         assert mine[column].equals(theirs[column]), column
+    assert verify_run(result.output_dir).lines(5)[-1].endswith("all as in their sources")
     assert (result.counts == run.counts) == (not changes or list(changes) == ["ImageWriterStage"])
 
 

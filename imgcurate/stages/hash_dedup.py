@@ -70,7 +70,7 @@ class _HashDedupStage(DatasetStage):
 
     @property
     def _kind(self) -> str:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say which hashes it compares")
 
     @property
     def _distance(self) -> int:
