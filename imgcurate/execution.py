@@ -50,6 +50,7 @@ COUNTS: Final = "counts"
 RESULT_META: Final = pd.DataFrame({"number": pd.Series(dtype="int64"), "result": pd.Series(dtype="str")})
 _MOST_LIGHT: Final = 32
 _MIN_WAVE: Final = 32
+_GRAPHS_HELD: Final = 8
 # So many suspects in a row, or two for each thread if that is more, make one ask whether anything still works.
 _MIN_IN_A_ROW: Final = 8
 _PROBES: Final = 3
@@ -246,6 +247,7 @@ class _Waves:
         self._liveness = Liveness(client, phase, resources)
         self._done: as_completed = as_completed(loop=client.loop)
         self._pending: dict[Future, tuple[int, ...]] = {}
+        self._graphs: deque[tuple[dd.DataFrame, dd.DataFrame]] = deque(maxlen=_GRAPHS_HELD)
         self._fetches: Counter[Future] = Counter()
         self._results: dict[int, dict[str, Any]] = {}
         self._suspects: dict[int, BaseException] = {}
@@ -302,9 +304,13 @@ class _Waves:
         return len(self._failed) + len(self._suspects) > self._max_failed
 
     def _submit(self, bundles: list[tuple[int, ...]]) -> None:
-        frame = self._build([list(b) if self._bundled else b[0] for b in bundles]).optimize()
+        built = self._build([list(b) if self._bundled else b[0] for b in bundles])
+        graph = built.optimize()
+        # A scheduler in this process reads the graph in a thread of its own, and looks its expressions up among
+        # those that live here: were they freed meanwhile, it would not find them (dask 2026.7).
+        self._graphs.append((built, graph))
         try:
-            frame = self._client.persist(frame, resources=self._resources)
+            frame = self._client.persist(graph, resources=self._resources)
         except (CommClosedError, ClosedClientError) as exc:
             raise self._liveness.lost(exc) from exc
         # The keys of a frame are (name, position of the partition).
