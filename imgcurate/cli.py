@@ -139,7 +139,9 @@ def curate(
     min_size: Annotated[int | None, typer.Option(min=1, help="Leave out images with a shorter side.")] = None,
     images_per_tar: Annotated[int, typer.Option(min=1, help="Samples per output shard.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
-    files_per_partition: Annotated[int, typer.Option(min=1, help="Shards per partition.")] = 1,
+    files_per_partition: Annotated[
+        int | None, typer.Option(min=1, help="Shards per partition. [default: 1, tiny ones together]")
+    ] = None,
     sidecars: Annotated[
         bool, typer.Option("--sidecars/--no-sidecars", help="Join the Parquet files beside tars, as of img2dataset.")
     ] = True,
@@ -248,7 +250,7 @@ def _pipeline(
     inputs: list[str],
     stages: list[Any],
     images_per_tar: int,
-    files_per_partition: int = 1,
+    files_per_partition: int | None = None,
     batch_size: int = 32,
     storage_option: Sequence[str] = (),
     sidecars: bool = True,

@@ -56,8 +56,8 @@ class RunConfig(BaseModel):
         Paths, fsspec URLs or patterns of tar shards.
     stages : list
         Stage names, each alone or as a mapping to its parameters.
-    files_per_partition : int
-        Shards per partition.
+    files_per_partition : int, optional
+        Shards per partition; by default one, but tiny ones together.
     sidecar_columns : "auto" or list of str
         Columns to join from the Parquet files beside tars; ``[]`` joins none.
     storage_options : mapping
@@ -76,7 +76,7 @@ class RunConfig(BaseModel):
 
     inputs: str | list[str]
     stages: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
-    files_per_partition: int = Field(default=1, ge=1)
+    files_per_partition: int | None = Field(default=None, ge=1)
     sidecar_columns: Literal["auto"] | list[str] = "auto"
     storage_options: dict[str, Any] = Field(default_factory=dict)
     device: str = "auto"

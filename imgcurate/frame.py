@@ -13,11 +13,12 @@ from imgcurate import schema
 from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.errors import ConfigError
 from imgcurate.inputs import find_shards
+from imgcurate.partitions import Partitions
 from imgcurate.shards import Shard, index_shard
 from imgcurate.sidecars import NO_SIDECARS, SidecarColumns, Sidecars, find_sidecars
 from imgcurate.storage import read_ahead
 
-__all__ = ["ShardGroup", "group_shards", "index_schema", "read_group", "read_webdataset"]
+__all__ = ["ShardGroup", "frame_of_groups", "groups_of", "index_schema", "read_group", "read_webdataset"]
 
 ShardGroup = tuple[tuple[int, Shard], ...]
 """The shards of one partition: (number in the sorted list of inputs, shard) each."""
@@ -71,7 +72,7 @@ def read_webdataset(
         raise ConfigError(f"files_per_partition={files_per_partition} should be >= 1")
     shards = find_shards(urls, storage_options)
     sidecars = find_sidecars(shards, sidecar_columns, storage_options, taken=text_columns)
-    groups = group_shards(shards, files_per_partition)
+    groups = groups_of(shards, Partitions.divide([None] * len(shards), files_per_partition))
     return frame_of_groups(
         groups, text_columns=text_columns, sidecars=sidecars, device=device, storage_options=storage_options
     )
@@ -99,10 +100,9 @@ def frame_of_groups(
     )
 
 
-def group_shards(shards: Sequence[Shard], files_per_partition: int, *, first: int = 0) -> list[ShardGroup]:
-    """Return the shards, numbered from `first`, in groups of one partition each, in order."""
-    numbered = list(enumerate(shards, first))
-    return [tuple(numbered[i : i + files_per_partition]) for i in range(0, len(numbered), files_per_partition)]
+def groups_of(shards: Sequence[Shard], partitions: Partitions) -> list[ShardGroup]:
+    """Return the shards of each partition, with their numbers."""
+    return [tuple((number, shards[number]) for number in numbers) for numbers in partitions]
 
 
 def index_schema(text_columns: Sequence[str] = (), sidecars: Sidecars = NO_SIDECARS) -> pa.Schema:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -10,15 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import dask.dataframe as dd
 import pyarrow as pa
 
 from imgcurate.catalog import Manifest
 from imgcurate.errors import InputError
-from imgcurate.frame import ShardGroup, frame_of_groups, group_shards
+from imgcurate.frame import ShardGroup, frame_of_groups, groups_of
 from imgcurate.inputs import describe_shards
+from imgcurate.partitions import Partitions
 from imgcurate.plan import Plan
 from imgcurate.shards import Shard
 from imgcurate.stages.reading import ImageReaderStage
@@ -26,9 +26,6 @@ from imgcurate.storage import StorageOptions, is_local, local_path
 
 __all__ = ["Origin", "ShardOrigin"]
 
-# Work that takes so much longer than what a task costs that more of it at once would gain nothing.
-_BUNDLE_BYTES: Final = 8 * 1024**2
-_BUNDLE_PARTS: Final = 64
 logger = logging.getLogger(__name__)
 
 
@@ -84,19 +81,9 @@ class Origin(ABC):
     def reader(self) -> ImageReaderStage | None:
         """How the images of these rows are decoded; None if they are not."""
 
-    def bundles(self, numbers: Sequence[int], n_tasks: int) -> list[list[int]]:
-        """Put partitions that are tiny together, for one task each; at least `n_tasks` if there are so many."""
-        del n_tasks
-        return [[number] for number in numbers]
-
-    def first_shard(self, number: int) -> int:
-        """Return the number of the first shard of a partition, which tells its rows from those after it."""
-        del number
-        return 0
-
     @abstractmethod
-    def frame(self, bundles: Sequence[Sequence[int]], device: str) -> dd.DataFrame:
-        """Return the lazy frame of bundles of partitions, before any stage: the rows of a bundle are a partition."""
+    def frame(self, numbers: Sequence[int], device: str) -> dd.DataFrame:
+        """Return the lazy frame of some partitions, before any stage."""
 
 
 class ShardOrigin(Origin):
@@ -153,12 +140,8 @@ class ShardOrigin(Origin):
     @cached_property
     def groups(self) -> list[ShardGroup]:
         """The shards of each partition; those of different increments never share one."""
-        groups: list[ShardGroup] = []
-        start = 0
-        for stop in self._increments:
-            groups += group_shards(self.shards[start:stop], self.plan.source.files_per_partition, first=start)
-            start = stop
-        return groups
+        nbytes = [described.get("nbytes") for described in self._described]
+        return groups_of(self.shards, Partitions.divide(nbytes, self.plan.source.files_per_partition, self._increments))
 
     @property
     def first(self) -> Shard:
@@ -199,29 +182,10 @@ class ShardOrigin(Origin):
         """That of the pipeline."""
         return self.plan.reader
 
-    def bundles(self, numbers: Sequence[int], n_tasks: int) -> list[list[int]]:
-        """Put neighbours together up to 8 MiB and 64 partitions; files of folders are never tiny."""
-        most = min(_BUNDLE_PARTS, len(numbers) // n_tasks)
-        bundles: list[list[int]] = []
-        room = 0
-        for number in numbers:
-            nbytes = sum(self._described[i].get("nbytes", _BUNDLE_BYTES) for i, _ in self.groups[number])
-            if not bundles or nbytes > room or len(bundles[-1]) >= most or bundles[-1][-1] != number - 1:
-                bundles.append([])
-                room = _BUNDLE_BYTES
-            bundles[-1].append(number)
-            room -= nbytes
-        return bundles
-
-    def first_shard(self, number: int) -> int:
-        """Return the number of the first shard of a partition."""
-        return self.groups[number][0][0]
-
-    def frame(self, bundles: Sequence[Sequence[int]], device: str) -> dd.DataFrame:
-        """Return the index of bundles of partitions."""
-        groups = [tuple(itertools.chain.from_iterable(self.groups[n] for n in bundle)) for bundle in bundles]
+    def frame(self, numbers: Sequence[int], device: str) -> dd.DataFrame:
+        """Return the index of some partitions."""
         return frame_of_groups(
-            groups, text_columns=self.plan.reader.text_columns, sidecars=self.sidecars,
+            [self.groups[n] for n in numbers], text_columns=self.plan.reader.text_columns, sidecars=self.sidecars,
             device=device, storage_options=self.options,
         )  # fmt: skip
 

@@ -11,36 +11,32 @@ from dataclasses import asdict, replace
 from typing import Any, Final
 
 import dask.dataframe as dd
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcurate import schema
-from imgcurate.backend import Backend, lazy_frame
+from imgcurate.backend import Backend
 from imgcurate.catalog import Catalog
-from imgcurate.execution import COUNTS, RESULT_META, number_frame, result_frame, unique_key
+from imgcurate.execution import COUNTS, RESULT_META, number_frame, result_frame
 from imgcurate.export import kept_counts
 from imgcurate.stages.executor import Program, frame_types
 from imgcurate.success import file_digest
 
-__all__ = ["FILE", "Bundle", "count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part"]
+__all__ = ["FILE", "count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part"]
 
 
 FILE: Final = "file"
 
-Bundle = Sequence[tuple[int, int]]
-"""Parts that one task makes: (number of the part, number of its first input shard) each, in order."""
 
-
-def made_parts(ddf: dd.DataFrame, bundles: Sequence[Bundle], catalog: Catalog, program: Program | None) -> dd.DataFrame:
-    """Return the frame that runs a program over partitions and writes the parts of a catalog: a task for each bundle.
+def made_parts(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, program: Program | None) -> dd.DataFrame:
+    """Return the frame that runs a program over partitions and writes them as parts of a catalog.
 
     Parameters
     ----------
     ddf : dask.dataframe.DataFrame
-        The rows, a partition for each of `bundles`.
-    bundles : sequence of Bundle
+        The rows, a partition for each of `numbers`.
+    numbers : sequence of int
         The parts.
     catalog : Catalog
         Where they go.
@@ -52,47 +48,26 @@ def made_parts(ddf: dd.DataFrame, bundles: Sequence[Bundle], catalog: Catalog, p
     in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
     out = program.output_schema(list(ddf.columns), types) if program else schema.arrow_schema(ddf.columns, types)
     return dd.map_partitions(
-        _make_parts, ddf, _bundle_frame(bundles), catalog, program, in_schema, out,
+        _make_part, ddf, number_frame(numbers), catalog, program, in_schema, out,
         meta=RESULT_META, align_dataframes=False, enforce_metadata=False,
     )  # fmt: skip
 
 
-def _bundle_frame(bundles: Sequence[Bundle]) -> dd.DataFrame:
-    meta = pd.DataFrame({"number": pd.Series(dtype="int64"), "first": pd.Series(dtype="int64")})
-    return lazy_frame(_one_bundle, list(bundles), meta=meta, label="bundle", once=unique_key())
-
-
-def _one_bundle(bundle: Bundle, once: str) -> pd.DataFrame:
-    del once
-    numbers, firsts = zip(*bundle, strict=True)
-    return pd.DataFrame({"number": np.array(numbers), "first": np.array(firsts)})
-
-
-def _make_parts(
-    frame: Any, bundle: pd.DataFrame, catalog: Catalog, program: Program | None, in_schema: pa.Schema, out: pa.Schema
+def _make_part(
+    frame: Any, numbers: pd.DataFrame, catalog: Catalog, program: Program | None, in_schema: pa.Schema, out: pa.Schema
 ) -> pd.DataFrame:
-    numbers, firsts = bundle["number"].tolist(), bundle["first"].to_numpy()
-    table = _table(frame, in_schema)
-    marked = numbers if program is not None and program.decodes else []
-    begun_before = [catalog.attempts.begin(number) for number in marked]
-    results = []
+    number, table = _number(numbers), _table(frame, in_schema)
+    marks = program is not None and program.decodes
+    begun_before = marks and catalog.attempts.begin(number)
     try:
         if program is not None:
-            table = program.run(table, isolated=any(begun_before))
+            table = program.run(table, isolated=begun_before)
         table = table.select(out.names).cast(out)
-        shards = table[schema.UID].to_numpy() >> schema.UID_SHARD_BITS
-        starts = [*np.searchsorted(shards, firsts[1:]).tolist(), len(table)]
-        for number, start, stop in zip(numbers, [0, *starts], starts, strict=False):
-            results.append(_write_part(number, table.slice(start, stop - start), catalog))
+        catalog.write_part(number, table)
     finally:
         # What was raised was not the doing of an image, which would have killed this process.
-        for number in marked:
+        if marks:
             catalog.attempts.end(number)
-    return pd.concat(results)
-
-
-def _write_part(number: int, table: pa.Table, catalog: Catalog) -> pd.DataFrame:
-    catalog.write_part(number, table)
     digest = file_digest(catalog.part_url(number), catalog.storage_options)
     return result_frame(number, {COUNTS: kept_counts(table), FILE: asdict(digest)})
 

@@ -287,13 +287,12 @@ class _CatalogOrigin(Origin):
     def reader(self) -> None:
         """Nothing is decoded."""
 
-    def frame(self, bundles: Sequence[Sequence[int]], device: str) -> dd.DataFrame:
+    def frame(self, numbers: Sequence[int], device: str) -> dd.DataFrame:
         """Return the rows of parts as they were before any rule."""
-        numbers = [number for bundle in bundles for number in bundle]
         out = schema.arrow_schema(self.types, self.types)
         backend = get_backend(device)
         return lazy_frame(
-            _read_part, numbers, catalog=self.catalog, names=out.names, by_rule=self._by_rule,
+            _read_part, list(numbers), catalog=self.catalog, names=out.names, by_rule=self._by_rule,
             device=backend.name, meta=backend.meta(out), label="read-catalog",
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ from imgcurate.execution import COUNTS, Progress, call_frame, run_on_client, run
 from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
 from imgcurate.origins import Origin
 from imgcurate.outputs import find_run, open_run
-from imgcurate.parts import FILE, Bundle, count_part, deltas, failed_parts, finish_part, made_parts, reset_part
+from imgcurate.parts import FILE, count_part, deltas, failed_parts, finish_part, made_parts, reset_part
 from imgcurate.plan import Phase, Plan
 from imgcurate.preflight import check_storage, check_versions
 from imgcurate.results import Result
@@ -35,7 +35,6 @@ from imgcurate.success import FileDigest, Success, file_digest
 
 __all__ = ["Run"]
 
-_TASKS_PER_THREAD: Final = 4
 _WORK: Final = "catalog"
 # Parameters that change how fast a run is, or where its files lie, and not what comes out.
 _NOT_IN_FINGERPRINT: Final = frozenset(
@@ -219,10 +218,8 @@ class Run:
     def _read(self, phase: Phase, catalog: Catalog) -> None:
         """Make the parts that are missing; rows of partitions that may fail, and do, say why."""
         failed: dict[int, str] = {}
-        n_tasks = _TASKS_PER_THREAD * max(1, sum(self.client.nthreads().values()))
-        bundles = self.origin.bundles(catalog.missing_parts(), n_tasks)
         self._made = run_waves(
-            self.client, partial(self._first_phase, catalog=catalog), bundles, phase=phase.label,
+            self.client, partial(self._first_phase, catalog=catalog), catalog.missing_parts(), phase=phase.label,
             resources=self._resources(), progress=self.progress, max_failed=self.max_failed, failed=failed,
         )  # fmt: skip
         if failed:
@@ -234,7 +231,7 @@ class Run:
     def _failed_parts(self, numbers: list[int], catalog: Catalog, failed: dict[int, str]) -> dd.DataFrame:
         """Return the frame that writes the index of some partitions, and why they have nothing else."""
         out = schema.arrow_schema(self._columns(self.plan.phases[0]), self.types)
-        ddf = self.origin.frame([[number] for number in numbers], self.device)
+        ddf = self.origin.frame(numbers, self.device)
         return failed_parts(ddf, numbers, catalog, out, failed)
 
     def _columns(self, phase: Phase) -> list[str]:
@@ -244,17 +241,16 @@ class Run:
         names: list[str] = schema.arrow_schema([*index, *self.origin.types, *added], self.types).names
         return names
 
-    def _first_phase(self, bundles: list[list[int]], catalog: Catalog) -> dd.DataFrame:
-        """Return the frame that reads, decodes, scores and writes bundles of partitions: one task each."""
-        ddf = self.origin.frame(bundles, self.device)
+    def _first_phase(self, numbers: list[int], catalog: Catalog) -> dd.DataFrame:
+        """Return the frame that reads, decodes, scores and writes partitions: one task each."""
+        ddf = self.origin.frame(numbers, self.device)
         stages = self.plan.phases[0].batch_stages
         program = None
         if stages:
             program = make_program(
                 ddf, stages, reader=self.origin.reader, device=self.device, storage_options=self.origin.options
             )
-        firsts: list[Bundle] = [[(n, self.origin.first_shard(n)) for n in bundle] for bundle in bundles]
-        return made_parts(ddf, firsts, catalog, program)
+        return made_parts(ddf, numbers, catalog, program)
 
     def _later_phase(self, phase: Phase, before: Catalog, after: Catalog) -> Callable[[list[int]], dd.DataFrame]:
         """Return what builds the frame of a later phase for some partitions."""

@@ -121,6 +121,7 @@ def test_the_next_shard_is_fetched_while_this_one_is_read(
     for name in "ab":
         write_tar(folder / f"{name}.tar", [(f"{name}{i}", {"jpg": bytes(100_000)}) for i in range(20)])
     server = serve()
+    server.latency_s = 0.2
     urls = [f"{server.url}/{name}.tar" for name in "ab"]
     read_group(((0, Shard(urls[0])), (1, Shard(urls[1]))))
     paths = [path for _, path, _, _ in server.log]

@@ -46,8 +46,9 @@ class FilePartitioningStage(Stage):
     file_paths : str or sequence of str
         Paths or fsspec URLs of tars, Parquet or Arrow files with a column of images, folders of either or
         of images; braces and globs expand. See :mod:`imgcurate.inputs`.
-    files_per_partition : int
-        Shards per partition, the unit of work, of retry and of the checkpoint.
+    files_per_partition : int, optional
+        Shards per partition, the unit of work, of retry and of the checkpoint. By default each shard is one, but
+        where there are many tiny ones, neighbours share one, up to 8 MiB and 64 shards.
     storage_options : mapping, optional
         Passed to fsspec (credentials, endpoint).
     sidecar_columns : "auto" or sequence of str
@@ -55,13 +56,14 @@ class FilePartitioningStage(Stage):
     """
 
     file_paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-    files_per_partition: int = 1
+    files_per_partition: int | None = None
     # Not shown, for it may hold secrets.
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     sidecar_columns: SidecarColumns = "auto"
 
     def __post_init__(self) -> None:
-        check_count("files_per_partition", self.files_per_partition)
+        if self.files_per_partition is not None:
+            check_count("files_per_partition", self.files_per_partition)
 
     def find(self, taken: Iterable[str] = ()) -> tuple[list[Shard], Sidecars]:
         """Find the shards and the columns of their sidecars; `taken` are names that these cannot have.

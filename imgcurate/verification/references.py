@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 from imgcurate import schema
 from imgcurate.catalog import Catalog, Manifest
 from imgcurate.errors import ImgcurateError
+from imgcurate.partitions import Partitions
 from imgcurate.verification.checks import Faults
 
-__all__ = ["Partitions", "Record", "check_references"]
+__all__ = ["Record", "check_references", "partitions_of"]
 
 _ROOM_BYTES: Final = 256 * 1024**2
 _POSITION: Final = (1 << schema.UID_SHARD_BITS) - 1
@@ -61,44 +62,12 @@ def _nbytes(bitmaps: _Bitmaps) -> int:
 _cache: Final = _Cache()
 
 
-@dataclass(frozen=True)
-class Partitions:
-    """How the inputs of a run are divided into the parts of its catalog.
-
-    Attributes
-    ----------
-    increments : tuple of int
-        Inputs in all each time that the run began or grew; no part holds inputs of two of them.
-    files_per_partition : int
-        Inputs of a part; the last one of an increment may have fewer.
-    """
-
-    increments: tuple[int, ...]
-    files_per_partition: int
-
-    @staticmethod
-    def of(manifest: Manifest) -> Partitions:
-        """Read it from a manifest."""
-        n_inputs = len(manifest.config["inputs"])
-        sources = [manifest.source, *manifest.config["stages"]]
-        per_part = next(s["files_per_partition"] for s in sources if "files_per_partition" in s)
-        return Partitions(tuple(manifest.increments or [n_inputs]), int(per_part))
-
-    def all(self) -> list[range]:
-        """Return the numbers of the inputs of each part."""
-        size = self.files_per_partition
-        bounds = zip((0, *self.increments), self.increments, strict=False)
-        return [range(i, min(i + size, stop)) for start, stop in bounds for i in range(start, stop, size)]
-
-    def part_of(self, numbers: _Ints) -> _Ints:
-        """Return the part of each input; -1 for numbers that no input has."""
-        stops = np.array(self.increments, np.int64)
-        starts = np.append(0, stops[:-1])
-        before = np.append(0, np.cumsum(-(-(stops - starts) // self.files_per_partition)))
-        which = np.searchsorted(stops, numbers, side="right")
-        known = (numbers >= 0) & (which < len(stops))
-        which = np.minimum(which, len(stops) - 1)
-        return np.where(known, before[which] + (numbers - starts[which]) // self.files_per_partition, -1)
+def partitions_of(manifest: Manifest) -> Partitions:
+    """Return how the inputs of a run are divided into the parts of its catalog."""
+    inputs = manifest.config["inputs"]
+    sources = [manifest.source, *manifest.config["stages"]]
+    per_part = next(s["files_per_partition"] for s in sources if "files_per_partition" in s)
+    return Partitions.divide([i.get("nbytes") for i in inputs], per_part, manifest.increments)
 
 
 @dataclass(frozen=True)

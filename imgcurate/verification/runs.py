@@ -36,7 +36,7 @@ from imgcurate.storage import StorageOptions, exists, is_local, join_url, list_f
 from imgcurate.success import SUCCESS, FileDigest, Success
 from imgcurate.verification.checks import Output, Part, Reading, check_file, check_part, check_shard
 from imgcurate.verification.embeddings import is_of_embeddings, verify_embeddings
-from imgcurate.verification.references import Partitions, Record, check_references
+from imgcurate.verification.references import Record, check_references, partitions_of
 
 __all__ = ["Problem", "Verification", "verify_run"]
 
@@ -278,8 +278,8 @@ class _Checks:
 
     def _catalog(self, mark: Success | None) -> list[dict[str, Any]] | None:
         """Check the parts, and unless it is to be quick the inputs; None if some part cannot be read."""
-        self.partitions = Partitions.of(self.manifest)
-        groups, inputs = self.partitions.all(), self.manifest.config["inputs"]
+        self.partitions = partitions_of(self.manifest)
+        groups, inputs = list(self.partitions), self.manifest.config["inputs"]
         if len(groups) != self.manifest.n_parts:
             self.done.add(
                 "catalog", "manifest.json", f"has {self.manifest.n_parts} parts, for {len(inputs)} inputs {len(groups)}"
@@ -448,7 +448,7 @@ def _open_record(folder: str, token: str) -> Record | str:
     try:
         manifest = Manifest.load(folder)
         if manifest is not None and manifest.state == "done":
-            return Record(Catalog(folder, manifest.n_parts), Partitions.of(manifest), None, token)
+            return Record(Catalog(folder, manifest.n_parts), partitions_of(manifest), None, token)
     except (ImgcurateError, OSError, LookupError) as exc:
         return f"the reference run {folder} cannot be read, so duplicates of its samples are not checked: {exc}"
     return f"the reference run {folder} is gone, so duplicates of its samples are not checked"
