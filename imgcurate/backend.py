@@ -16,6 +16,7 @@ Only this module and :mod:`imgcurate.cluster` import cudf, cupy, cuml or dask_cu
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import importlib
@@ -34,6 +35,7 @@ import pyarrow as pa
 
 from imgcurate import schema
 from imgcurate.errors import ConfigError, DeviceError
+from imgcurate.lazy import torch
 
 __all__ = [
     "DEVICES",
@@ -135,8 +137,6 @@ class Backend:
         """Give back what nobody uses any more: objects in cycles, and the blocks that torch and CuPy keep."""
         gc.collect()
         if self.is_gpu:
-            import torch
-
             torch.cuda.empty_cache()
             self.xp.get_default_memory_pool().free_all_blocks()
 
@@ -282,8 +282,10 @@ def array_from_list_column(series: Any) -> Any:
 @functools.cache
 def why_no_gpu() -> str | None:
     """Return why this process cannot use a GPU, in words; None if it can."""
-    import torch
-
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1 cannot be loaded)"
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             return "this torch is built without CUDA"

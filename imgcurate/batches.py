@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import torch
 
 from imgcurate.backend import Backend
 from imgcurate.errors import ConfigError
+from imgcurate.lazy import torch
 from imgcurate.schema import STATUS_OK
 
 __all__ = ["ImageBatch", "PixelView"]
 
-Drop: TypeAlias = tuple[npt.NDArray[np.bool_] | torch.Tensor, Sequence[str] | str, str | None]
+Drop: TypeAlias = "tuple[npt.NDArray[np.bool_] | torch.Tensor, Sequence[str] | str, str | None]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,13 +27,13 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from imgcurate import schema
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
 from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.facts import BYTE_FACTS, FACTS, HASH_BYTES, pixels_hash
+from imgcurate.lazy import torch
 from imgcurate.pillow import UndecodableError, decode_with_pillow
 from imgcurate.probe import probe
 

@@ -31,13 +31,13 @@ from typing import IO, Any, Final, NoReturn
 
 import numpy as np
 import psutil
-import torch
 
 from imgcurate import schema
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
 from imgcurate.decode import Decoded, Decoder
 from imgcurate.errors import ImgcurateError
+from imgcurate.lazy import torch
 
 __all__ = ["IsolatedDecoder", "memory_limit"]
 

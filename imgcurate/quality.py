@@ -10,7 +10,7 @@ import functools
 import math
 from typing import Final
 
-import torch
+from imgcurate.lazy import torch
 
 __all__ = ["PHASH_SIDE", "brightness", "colorfulness", "contrast", "entropy", "gray_of", "perceptual_hash", "sharpness"]
 

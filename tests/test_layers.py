@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,11 @@ PACKAGE = Path(imgcurate.__file__).parent
 
 # Each module may import those above it, not those below.
 ORDER = (
-    "errors schema extensions backend filesystems spool objects remote storage streams tar_blocks tar folders tables "
-    "archives samples shards sidecars inputs partitions frame signatures probe pillow facts batches decode isolation "
-    "quality models catalog success dedup liveness execution export stages plan cluster preflight results outputs "
-    "origins parts runner pipeline refiltering standalone verification config inspection "
-    "demo progress console commands cli __main__"
+    "errors schema extensions lazy backend filesystems spool objects remote storage streams tar_blocks tar "
+    "folders tables archives samples shards sidecars inputs partitions frame signatures probe pillow facts "
+    "batches decode isolation quality models catalog success dedup liveness execution export stages plan cluster "
+    "preflight results outputs origins parts runner pipeline refiltering standalone verification config "
+    "inspection demo progress console commands cli __main__"
 ).split()
 GPU_LIBRARIES = {"cudf", "cupy", "cuml", "dask_cudf", "dask_cuda", "rmm", "pylibcudf"}
 
@@ -77,3 +79,9 @@ def test_public_names_resolve_and_are_documented() -> None:
 def test_unknown_attribute_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = imgcurate.nothing
+
+
+def test_torch_is_imported_where_it_is_used_alone() -> None:
+    modules = [f"imgcurate.{name}" for name in ("cli", "commands", "pipeline", "refiltering", "standalone")]
+    code = f"import sys, {', '.join(modules)}\nassert not {{'torch', 'open_clip', 'sklearn'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from imgcurate.errors import ConfigError, WeightsError
+from imgcurate.lazy import torch
 from imgcurate.models.weights import default_model_dir, file_sha256
 
 __all__ = ["ClipWeights", "embed_dim", "find", "identity", "load"]

@@ -13,12 +13,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-from torch.nn import functional as F
-
 from imgcurate.backend import Backend
 from imgcurate.batches import PixelView
 from imgcurate.errors import ConfigError
+from imgcurate.lazy import torch
 from imgcurate.models import clip_weights
 
 __all__ = [
@@ -143,7 +141,7 @@ class TinyImageEncoder(Encoder):
         """Encode images; an image of one single colour has the zero vector."""
         del at_most
         flat = pixels.reshape(len(pixels), -1).to(torch.float32)
-        return F.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
+        return torch.nn.functional.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
 
 
 class OpenClipEncoder(Encoder):
@@ -181,24 +179,23 @@ class OpenClipEncoder(Encoder):
         self._visual = model.visual.to(device=backend.torch_device, dtype=self._dtype).eval()
         self._scale, self._shift = _normalisation(cfg["mean"], cfg["std"], backend.torch_device)
 
-    @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor, *, at_most: int | None = None) -> torch.Tensor:
         """Encode images; see :class:`Encoder`."""
         size = min(self._batch_size, at_most or self._batch_size)
-        chunks = []
-        for start in range(0, len(pixels), size):
-            chunk = pixels[start : start + size]
-            missing = size - len(chunk)
-            if missing:
-                chunk = torch.cat([chunk, chunk.new_zeros((missing, *chunk.shape[1:]))])
-            planes = chunk.permute(0, 3, 1, 2).to(torch.float32) * self._scale + self._shift
-            features = self._visual(planes.to(self._dtype))
-            if isinstance(features, tuple):
-                features = features[0]
-            chunks.append(F.normalize(features.float(), dim=-1)[: size - missing])
-        if not chunks:
-            return torch.empty((0, self.dim), device=pixels.device)
-        return torch.cat(chunks)
+        with torch.inference_mode():
+            chunks = [self._encode(pixels[start : start + size], size) for start in range(0, len(pixels), size)]
+            return torch.cat(chunks) if chunks else torch.empty((0, self.dim), device=pixels.device)
+
+    def _encode(self, chunk: torch.Tensor, size: int) -> torch.Tensor:
+        """Encode at most `size` images, as if they were so many."""
+        n = len(chunk)
+        if n < size:
+            chunk = torch.cat([chunk, chunk.new_zeros((size - n, *chunk.shape[1:]))])
+        planes = chunk.permute(0, 3, 1, 2).to(torch.float32) * self._scale + self._shift
+        features = self._visual(planes.to(self._dtype))
+        if isinstance(features, tuple):
+            features = features[0]
+        return torch.nn.functional.normalize(features.float(), dim=-1)[:n]
 
 
 _load_lock = threading.Lock()

@@ -14,11 +14,10 @@ from typing import Final
 
 import numpy as np
 import safetensors
-import safetensors.torch
-import torch
 
 from imgcurate import storage
 from imgcurate.errors import EncoderMismatchError, WeightsError
+from imgcurate.lazy import torch
 from imgcurate.models import weights
 from imgcurate.models.heads import (
     AESTHETIC_LAYERS,
@@ -259,8 +258,10 @@ def _check_tensors(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], path
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
     try:
-        return safetensors.torch.load_file(path)
+        return load_file(path)
     except (OSError, ValueError, safetensors.SafetensorError) as exc:
         raise WeightsError(f"{path} cannot be read as safetensors: {exc}. Remove it to have it made again") from exc
 
@@ -281,9 +282,11 @@ def _keep_converted(tensors: Tensors, original: Path, variant: _Variant) -> None
         "input": "L2-normalised CLIP image embedding",
         "note": _NSFW_NOTE,
     }
+    from safetensors.torch import save
+
     try:
         with storage.atomic_write(str(original.with_name(variant.converted))) as out:
-            out.write(safetensors.torch.save(dict(tensors), metadata))
+            out.write(save(dict(tensors), metadata))
     except storage.StorageError as exc:
         logger.info("the converted weights are not kept: %s", exc)
 

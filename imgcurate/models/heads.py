@@ -24,15 +24,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Self
-
-import torch
+from typing import Final, Self, TypeAlias
 
 from imgcurate.errors import ConfigError, EncoderMismatchError
+from imgcurate.lazy import torch
 
 __all__ = ["B32", "L14", "AestheticHead", "Head", "NsfwHead"]
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors: TypeAlias = "Mapping[str, torch.Tensor]"
 
 L14: Final = "ViT-L-14/openai"
 B32: Final = "ViT-B-32/openai"
@@ -94,7 +93,6 @@ class Head(ABC):
                 "head out"
             )
 
-    @torch.inference_mode()
     def __call__(self, embedding: torch.Tensor) -> torch.Tensor:
         """Score embeddings.
 
@@ -131,11 +129,12 @@ class Head(ABC):
                 f"{self.dim}, those of {' or '.join(self.encoders)}"
             )
         n = len(embedding)
-        x = embedding.to(self.device, torch.float32)
-        x = torch.nn.functional.pad(x, (0, 0, 0, -n % _CHUNK_ROWS))
-        scores = [self._score(x[i : i + _CHUNK_ROWS]) for i in range(0, n, _CHUNK_ROWS)]
-        finite = torch.isfinite(x).all(dim=1)[:n]
-        return torch.cat([x.new_empty(0), *scores])[:n].where(finite, torch.nan)
+        with torch.inference_mode():
+            x = embedding.to(self.device, torch.float32)
+            x = torch.nn.functional.pad(x, (0, 0, 0, -n % _CHUNK_ROWS))
+            scores = [self._score(x[i : i + _CHUNK_ROWS]) for i in range(0, n, _CHUNK_ROWS)]
+            finite = torch.isfinite(x).all(dim=1)[:n]
+            return torch.cat([x.new_empty(0), *scores])[:n].where(finite, torch.nan)
 
     @abstractmethod
     def _score(self, x: torch.Tensor) -> torch.Tensor:

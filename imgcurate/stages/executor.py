@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from imgcurate import schema
 from imgcurate.backend import Backend, array_from_list_column, cpu_count, get_backend, list_array
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError
+from imgcurate.lazy import torch
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
 from imgcurate.stages.fitting import BatchLimit, process_batch
 from imgcurate.stages.reading import ImageReaderStage, read_pixels
@@ -251,7 +251,7 @@ class _Results:
 
 
 def _host(values: Any) -> npt.NDArray[Any]:
-    if isinstance(values, torch.Tensor):
+    if not isinstance(values, np.ndarray) and isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
     return np.asarray(values)
 
@@ -265,7 +265,9 @@ def _prepared(program: Program) -> _Prepared:
     """Return the program's stages, set up once in this process, with what is known of the batches that fit."""
     with _lock:
         if program.token not in _programs:
-            worker = Worker(get_backend(program.device), num_threads=min(torch.get_num_threads(), cpu_count()))
+            # What decodes nothing has no use for torch, which takes seconds to import.
+            threads = min(torch.get_num_threads(), cpu_count()) if program.reader is not None else cpu_count()
+            worker = Worker(get_backend(program.device), num_threads=threads)
             for stage in program.stages:
                 stage.setup(worker)
             limits = tuple(BatchLimit() for _ in program.stages)

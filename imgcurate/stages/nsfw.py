@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import dask.dataframe as dd
 import pyarrow as pa
-import torch
 
 from imgcurate import schema
 from imgcurate.batches import ImageBatch
+from imgcurate.lazy import torch
 from imgcurate.models.head_files import check_nsfw_encoder, load_nsfw_head
 from imgcurate.models.heads import NsfwHead
 from imgcurate.models.weights import absolute_path

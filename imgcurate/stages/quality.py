@@ -13,12 +13,12 @@ import dask.dataframe as dd
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from imgcurate import quality, schema
 from imgcurate.batches import ImageBatch, PixelView
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.facts import FACTS
+from imgcurate.lazy import torch
 from imgcurate.stages.base import IMAGE, ProcessingStage, Rule
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.reading import ImageReaderStage
