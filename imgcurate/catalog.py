@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, TypeVar
@@ -110,10 +110,14 @@ def read_parquet(
         source.close()
 
 
-def write_batches(url: str, batches: Sequence[pa.RecordBatch], storage_options: StorageOptions | None = None) -> None:
-    """Write record batches of one schema as an Arrow file, atomically."""
-    with atomic_write(url, storage_options) as out, pa.ipc.new_file(out, batches[0].schema) as writer:
-        for batch in batches:
+def write_batches(url: str, batches: Iterable[pa.RecordBatch], storage_options: StorageOptions | None = None) -> None:
+    """Write record batches of one schema, one at least, as an Arrow file, atomically; one at a time is in memory."""
+    rest = iter(batches)
+    first = next(rest)
+    with atomic_write(url, storage_options) as out, pa.ipc.new_file(out, first.schema) as writer:
+        writer.write_batch(first)
+        del first
+        for batch in rest:
             writer.write_batch(batch)
 
 
@@ -358,7 +362,7 @@ class Catalog:
         merged: dict[str, Any] = {}
         for phase in reversed(self.phases):
             url = join_url(self.phase_folder(phase), part_name(number))
-            there = _parquet_columns(url, self.storage_options)
+            there = _parquet_schema(url, self.storage_options).names
             wanted = [c for c in there if c not in merged and (names is None or c in names)]
             if wanted:
                 delta = read_parquet(url, wanted, self.storage_options)
@@ -375,7 +379,7 @@ class Catalog:
     def merge(self, number: int) -> None:
         """Merge the deltas into a part, and note in which phase each sample left; repeating it changes nothing."""
         url = self.part_url(number)
-        if not self.phases or schema.PHASE in _parquet_columns(url, self.storage_options):
+        if not self.phases or schema.PHASE in _parquet_schema(url, self.storage_options).names:
             return
         type_ = schema.arrow_type(schema.PHASE)
         left: Any = pa.scalar(None, type_)
@@ -395,13 +399,17 @@ class Catalog:
             The columns that the first phase made.
         """
         url = self.part_url(number)
-        if schema.PHASE in _parquet_columns(url, self.storage_options):
+        if schema.PHASE in _parquet_schema(url, self.storage_options).names:
             self.write_part(number, undecided(self.read(number)).select(list(columns)))
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The Arrow schema of the parts after :attr:`phases`, read from the first part."""
-        return self.read(0).schema
+        """The Arrow schema of the parts after :attr:`phases`, read from the first part's metadata."""
+        types: dict[str, pa.DataType] = {}
+        for folder in (*map(self.phase_folder, reversed(self.phases)), self.parts_folder):
+            for column in _parquet_schema(join_url(folder, part_name(0)), self.storage_options):
+                types.setdefault(column.name, column.type)
+        return schema.arrow_schema(types, types)
 
     def frame(self, columns: Sequence[str] | None = None, *, device: str = "auto") -> dd.DataFrame:
         """Return the catalog as a lazy Dask DataFrame, a partition per part."""
@@ -426,12 +434,11 @@ def _read_frame(number: int, catalog: Catalog, names: Sequence[str], device: str
     return get_backend(device).frame_from_arrow(catalog.read(number, names))
 
 
-def _parquet_columns(url: str, storage_options: StorageOptions | None) -> list[str]:
+def _parquet_schema(url: str, storage_options: StorageOptions | None) -> pa.Schema:
     source = open_source(url, storage_options)
     try:
         with SourceFile(source) as file:
-            names: list[str] = pq.read_schema(file).names
-            return names
+            return pq.read_schema(file)
     except (pa.ArrowException, OSError) as exc:
         raise CatalogError(f"cannot read {url}: {exc}") from exc
     finally:

@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 from imgcurate import schema
 from imgcurate.backend import Backend
 from imgcurate.catalog import Catalog
+from imgcurate.dedup.verdicts import Ledger
 from imgcurate.execution import COUNTS, RESULT_META, number_frame, result_frame
 from imgcurate.export import kept_counts
 from imgcurate.stages.executor import Program, frame_types
 from imgcurate.success import file_digest
 
-__all__ = ["FILE", "count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part"]
+__all__ = ["FILE", "count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part", "write_decided"]
 
 
 FILE: Final = "file"
@@ -92,6 +93,13 @@ def _write_delta(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Sc
     number, table = _number(numbers), _table(frame, out)
     catalog.write_delta(number, table)
     return result_frame(number, {COUNTS: kept_counts(table)})
+
+
+def write_decided(number: int, ledger: Ledger, catalog: Catalog, out: pa.Schema) -> dict[str, Any]:
+    """Write what a dedup job decided about a part as a delta of the catalog's last phase."""
+    table = ledger.table(number, out.names).cast(out)
+    catalog.write_delta(number, table)
+    return {COUNTS: kept_counts(table)}
 
 
 def failed_parts(

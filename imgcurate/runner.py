@@ -24,11 +24,20 @@ from imgcurate.execution import COUNTS, Progress, call_frame, run_on_client, run
 from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
 from imgcurate.origins import Origin
 from imgcurate.outputs import find_run, open_run
-from imgcurate.parts import FILE, count_part, deltas, failed_parts, finish_part, made_parts, reset_part
+from imgcurate.parts import (
+    FILE,
+    count_part,
+    deltas,
+    failed_parts,
+    finish_part,
+    made_parts,
+    reset_part,
+    write_decided,
+)
 from imgcurate.plan import Phase, Plan
 from imgcurate.preflight import check_storage, check_versions
 from imgcurate.results import Result
-from imgcurate.stages.base import DatasetStage, columns_added
+from imgcurate.stages.base import DatasetStage, Stage, columns_added
 from imgcurate.stages.executor import apply_stages, make_program
 from imgcurate.storage import exclusive, exists, join_url, list_files, make_folder, remove_temporary_files, remove_tree
 from imgcurate.success import FileDigest, Success, file_digest
@@ -212,7 +221,7 @@ class Run:
                 catalog.make_folders()
                 missing = catalog.missing_deltas()
                 if missing:
-                    self._waves(phase.label, missing, self._later_phase(phase, before, catalog))
+                    self._later_phase(phase, missing, before, catalog)
         return catalog
 
     def _read(self, phase: Phase, catalog: Catalog) -> None:
@@ -252,40 +261,37 @@ class Run:
             )
         return made_parts(ddf, numbers, catalog, program)
 
-    def _later_phase(self, phase: Phase, before: Catalog, after: Catalog) -> Callable[[list[int]], dd.DataFrame]:
-        """Return what builds the frame of a later phase for some partitions."""
+    def _later_phase(self, phase: Phase, missing: Sequence[int], before: Catalog, after: Catalog) -> None:
+        """Write the deltas of a later phase that are missing."""
         columns = [schema.STATUS, schema.REASON, *(c for s in phase.stages for c in columns_added(s))]
         out = schema.arrow_schema(columns, self.types)
+        run_on_catalog = getattr(phase.stages[0], "process_catalog", None) if phase.is_dataset else None
+        if run_on_catalog is not None:
+            scratch = join_url(before.checkpoint_folder, f"{phase.name}-scratch")
+            ledger = run_on_catalog(
+                before, scratch_dir=scratch, client=self.client, device=self.device, progress=self.progress
+            )
+            self._light(phase.label, partial(write_decided, ledger=ledger, catalog=after, out=out), missing)
+            return
+        frame = before.frame(device=self.device)
         if phase.is_dataset:
-            stage = phase.stages[0]
-            assert isinstance(stage, DatasetStage)  # noqa: S101 - Phase.is_dataset says so
-            whole = self._process_dataset(stage, phase, before)
+            frame = self._process_dataset(phase.stages[0], frame)
 
-            def build(numbers: list[int]) -> dd.DataFrame:
-                return deltas(whole.partitions[numbers], numbers, after, out)
-
-        else:
-
-            def build(numbers: list[int]) -> dd.DataFrame:
-                ddf = before.frame(device=self.device).partitions[numbers]
+        def build(numbers: list[int]) -> dd.DataFrame:
+            ddf = frame.partitions[numbers]
+            if phase.batch_stages:
                 ddf = apply_stages(ddf, phase.batch_stages, device=self.device)
-                return deltas(ddf, numbers, after, out)
+            return deltas(ddf, numbers, after, out)
 
-        return build
+        self._waves(phase.label, missing, build)
 
-    def _process_dataset(self, stage: DatasetStage, phase: Phase, before: Catalog) -> dd.DataFrame:
-        run_on_catalog = getattr(stage, "process_catalog", None)
+    def _process_dataset(self, stage: Stage, frame: dd.DataFrame) -> dd.DataFrame:
+        assert isinstance(stage, DatasetStage)  # noqa: S101 - Phase.is_dataset says so
         with self.client.as_current():
-            if run_on_catalog is not None:
-                scratch = join_url(before.checkpoint_folder, f"{phase.name}-scratch")
-                ddf = run_on_catalog(
-                    before, scratch_dir=scratch, client=self.client, device=self.device, progress=self.progress
-                )
-            else:
-                ddf = stage.process_dataset(before.frame(device=self.device))
-        if ddf.npartitions != before.n_parts:
+            ddf = stage.process_dataset(frame)
+        if ddf.npartitions != frame.npartitions:
             raise ConfigError(
-                f"stage {stage.name} returned {ddf.npartitions} partitions for {before.n_parts}: it must keep "
+                f"stage {stage.name} returned {ddf.npartitions} partitions for {frame.npartitions}: it must keep "
                 "rows and partitions, and set 'status' of the rows to drop"
             )
         return ddf

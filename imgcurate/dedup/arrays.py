@@ -78,7 +78,7 @@ def dedup_arrays(
 
     Notes
     -----
-    Memory is about three times that of the embeddings as float32.
+    Memory is about that of the embeddings as float32, beside these.
     """
     config = config or DedupConfig(**parameters)
     embeddings = np.asarray(embeddings)
@@ -95,7 +95,7 @@ def dedup_arrays(
     backend = get_backend(device)
     x, valid = unit_rows(embeddings)
     index = np.flatnonzero(valid)
-    x = x[index]
+    x = x if len(index) == n else x[index]
     duplicate_of, cluster = np.full(n, -1, np.int64), np.full(n, -1, np.int32)
     similarity = np.full(n, np.nan, np.float32)
     if not len(index):
@@ -119,21 +119,20 @@ def dedup_arrays(
 
 
 def _decide(rows: Rows, config: DedupConfig, backend: Backend) -> Decisions:
-    rows, decisions = within(rows, config, backend)
+    decisions = within(rows, config, backend)
     if config.probes == 1:
         return decisions
-    kept = rows.take(~decisions.goes)
-    crossed = choose(across(kept, kept.visitors(), config, backend))
+    kept = ~decisions.goes
+    crossed = choose(across(rows.at_home(kept), [rows.away(kept)], config, backend))
     orphaned = orphans_of(decisions, crossed)
     decisions = decisions.overridden(crossed)
     if orphaned.any():
-        orphans = rows.take(orphaned)
-        left = Rows.concat([rows.take(~decisions.goes), orphans])
+        left = ~decisions.goes | orphaned
         pairs = [
-            across(orphans, Rows.concat([left, left.visitors()]), config, backend),
-            across(orphans.visitors(), left, config, backend),
+            across(rows.at_home(orphaned), [rows.at_home(left), rows.away(left)], config, backend),
+            across(rows.away(orphaned), [rows.at_home(left)], config, backend),
         ]
         fixed = decisions.uid[~decisions.goes]
         examined = choose(Pairs.concat(pairs, rows.keys.shape[1]), fixed)
-        decisions = decisions.overridden(Decisions.stay(orphans.uid)).overridden(examined)
+        decisions = decisions.overridden(Decisions.stay(rows.uid[orphaned])).overridden(examined)
     return decisions

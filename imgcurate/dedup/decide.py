@@ -18,6 +18,8 @@ file in the folder          a batch per  holds
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,11 +30,12 @@ import pyarrow as pa
 from imgcurate.backend import Backend, get_backend
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.exchange import Exchange, Scratch, TaskRunner
-from imgcurate.dedup.passes import Decisions, Pairs, Rows, across, choose, orphans_of, within
+from imgcurate.dedup.passes import Decisions, Pairs, Places, Rows, across, choose, orphans_of, within
 
 __all__ = ["Decider"]
 
 _FOLDERS: Final = ("decisions", "kept", "gone", "visitors", "pairs", "orphans", "orphan_visitors", "orphan_pairs")
+_GUEST_BYTES: Final = 64 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -93,21 +96,17 @@ class Decider:
             batches = [Decisions.from_arrow(self.scratch.read(name, p)) for p in range(n_parts)]
             return {"goes": sum(int(b.goes.sum()) for b in batches)}
         found = [self.exchange.read(i, bucket) for i in range(n_parts)]
-        part_of = np.repeat(np.arange(len(found)), [len(rows) for rows in found])
-        unordered = Rows.concat(found)
+        bounds = np.append(0, np.cumsum([len(rows) for rows in found]))
+        rows = Rows.concat(found)
         del found
-        by_uid = np.argsort(unordered.uid)
-        sorted_uid = unordered.uid[by_uid]
-        rows, decisions = within(unordered, self.config, self._backend)
-        del unordered
-        part_of = part_of[by_uid][np.searchsorted(sorted_uid, rows.uid)]
-        kept = rows.take(~decisions.goes)
-        self.scratch.write(f"kept/{bucket:05d}", [kept.to_arrow()])
+        decisions = within(rows, self.config, self._backend)
         self.scratch.write(f"gone/{bucket:05d}", [rows.take(decisions.goes).to_arrow()])
-        self.scratch.write(f"visitors/{bucket:05d}", self.exchange.by_bucket(kept.visitors()))
+        kept = ~decisions.goes
+        self.scratch.write(f"kept/{bucket:05d}", [rows.take(kept).to_arrow()])
+        self.scratch.write(f"visitors/{bucket:05d}", self.exchange.by_bucket(rows.away(kept)))
         batches = []
-        for part in range(n_parts):
-            mine = np.flatnonzero(part_of == part)
+        for start, stop in itertools.pairwise(bounds):
+            mine = np.arange(start, stop)
             batch = decisions.take(mine).to_arrow()
             batches.append(batch.append_column("cluster", pa.array(rows.cluster[mine])))
         self.scratch.write(name, batches)
@@ -116,7 +115,9 @@ class Decider:
     def _across(self, bucket: int) -> dict[str, Any]:
         name = f"pairs/{bucket:05d}"
         if not self.scratch.has(name):
-            pairs = across(self._rows("kept", bucket), self._guests("visitors", bucket), self.config, self._backend)
+            kept = self._rows("kept", bucket)
+            guests = (rows.at_home() for rows in self._guests("visitors", bucket))
+            pairs = across(kept.at_home(), guests, self.config, self._backend)
             self.scratch.write(name, [pairs.to_arrow()])
         return {}
 
@@ -132,7 +133,7 @@ class Decider:
         gone = self._rows("gone", bucket)
         orphans = gone.take(np.isin(gone.uid, decisions.uid[orphans_of(decisions, crossed)]))
         self.scratch.write(f"orphans/{bucket:05d}", [orphans.to_arrow()])
-        self.scratch.write(name, self.exchange.by_bucket(orphans.visitors()))
+        self.scratch.write(name, self.exchange.by_bucket(orphans.away()))
         return {}
 
     def _examine_orphans(self, bucket: int) -> dict[str, Any]:
@@ -141,13 +142,14 @@ class Decider:
             return {}
         crossed = Decisions.from_arrow(self.scratch.read("crossed"))
         gone = crossed.uid[crossed.goes]
-        orphans, visiting = self._rows("orphans", bucket), self._guests("orphan_visitors", bucket)
-        clusters = np.union1d(orphans.cluster, visiting.cluster)
-        residents = Rows.concat([_still_in(self._rows("kept", bucket), clusters, gone), orphans])
-        guests = Rows.concat([_still_in(self._guests("visitors", bucket), clusters, gone), visiting])
+        still: Callable[[Rows], Places] = lambda rows: rows.at_home(~np.isin(rows.uid, gone))  # noqa: E731
+        kept = still(self._rows("kept", bucket))
+        orphans = self._rows("orphans", bucket).at_home()
+        visiting = [rows.at_home() for rows in self._guests("orphan_visitors", bucket)]
+        guests = map(still, self._guests("visitors", bucket))
         pairs = [
-            across(orphans, Rows.concat([residents, guests]), self.config, self._backend),
-            across(visiting, residents, self.config, self._backend),
+            across(orphans, itertools.chain([kept, orphans], visiting, guests), self.config, self._backend),
+            *(across(visitors, [kept, orphans], self.config, self._backend) for visitors in visiting),
         ]
         self.scratch.write(name, [Pairs.concat(pairs, self.config.keep_order.n_keys).to_arrow()])
         return {}
@@ -159,16 +161,17 @@ class Decider:
     def _rows(self, folder: str, bucket: int) -> Rows:
         return Rows.from_arrow(self.scratch.read(f"{folder}/{bucket:05d}"))
 
-    def _guests(self, folder: str, bucket: int) -> Rows:
-        """Return the rows of all buckets that visit a cluster of this one."""
-        files = (self.scratch.read(f"{folder}/{b:05d}", bucket) for b in range(self.exchange.n_buckets))
-        return Rows.concat([Rows.from_arrow(batch) for batch in files])
+    def _guests(self, folder: str, bucket: int) -> Iterator[Rows]:
+        """Yield the rows of all buckets that visit a cluster of this one, some 64 MiB at a time."""
+        found: list[Rows] = []
+        for b in range(self.exchange.n_buckets):
+            found.append(Rows.from_arrow(self.scratch.read(f"{folder}/{b:05d}", bucket)))
+            if sum(rows.x.nbytes for rows in found) >= _GUEST_BYTES:
+                yield Rows.concat(found)
+                found = []
+        if found:
+            yield Rows.concat(found)
 
     def _all_pairs(self, folder: str) -> Pairs:
         files = (self.scratch.read(f"{folder}/{b:05d}") for b in range(self.exchange.n_buckets))
         return Pairs.concat([Pairs.from_arrow(batch) for batch in files], self.config.keep_order.n_keys)
-
-
-def _still_in(rows: Rows, clusters: npt.NDArray[np.int32], gone: npt.NDArray[np.int64]) -> Rows:
-    """Return the rows of some clusters that have not gone."""
-    return rows.take(np.isin(rows.cluster, clusters) & ~np.isin(rows.uid, gone))

@@ -9,7 +9,7 @@ goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -24,7 +24,7 @@ from imgcurate.catalog import read_batch, write_batches
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.kmeans import Clustering, fit_clustering
 from imgcurate.dedup.names import sample_names, shard_names
-from imgcurate.dedup.passes import REFERENCE_BIT, Rows
+from imgcurate.dedup.passes import REFERENCE_BIT, Places, Rows
 from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
 from imgcurate.errors import ConfigError
 from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
@@ -34,11 +34,21 @@ __all__ = ["REFERENCE_SHIFT", "Exchange", "RowParts", "Scratch", "TaskRunner", "
 _MIN_BUCKET_BYTES: Final = 128 * 1024**2
 _MAX_BUCKET_BYTES: Final = 1024**3
 _BUCKETS: Final = 256
+_LIGHT_ROWS: Final = 4096
 REFERENCE_SHIFT: Final = 56
 """Below this bit lies a row's uid in its own reference set, above it the set's number."""
 
-TaskRunner = Callable[[str, Callable[[int], dict[str, Any]], Sequence[int]], dict[int, dict[str, Any]]]
-"""Runs ``function(number)`` for each number on the cluster; the first argument names the step."""
+_Ints = npt.NDArray[np.int64]
+
+
+class TaskRunner(Protocol):
+    """Runs the steps of a job on a cluster."""
+
+    def __call__(
+        self, step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
+    ) -> dict[int, dict[str, Any]]:
+        """Run ``function(number)`` for each number, and return the results; a task may do several `light` ones."""
+        ...
 
 
 class RowParts(Protocol):
@@ -97,8 +107,8 @@ class Scratch:
         """Return whether an Arrow file is there."""
         return exists(self._url(name), self.options)
 
-    def write(self, name: str, batches: list[pa.RecordBatch]) -> None:
-        """Write an Arrow file."""
+    def write(self, name: str, batches: Iterable[pa.RecordBatch]) -> None:
+        """Write an Arrow file, of one batch at least."""
         write_batches(self._url(name), batches, self.options)
 
     def read(self, name: str, batch: int = 0) -> pa.RecordBatch:
@@ -141,7 +151,7 @@ class Exchange:
         Where the workers compute.
     bucket_bytes : int, optional
         Bytes of embeddings in a bucket; a single cluster may be larger. By default a 256th of all,
-        but at least 128 MiB and at most 1 GiB. A task needs about four times as much.
+        but at least 128 MiB and at most 1 GiB. A task needs about three times as much.
     """
 
     catalog: RowParts
@@ -159,7 +169,7 @@ class Exchange:
     def prepare(self, run_tasks: TaskRunner) -> None:
         """Bring all rows to their buckets."""
         self.scratch.make("sample", "exchange")
-        counts = run_tasks("count", self._count, range(self.n_parts))
+        counts = run_tasks("count", self._count, range(self.n_parts), light=True)
         n_rows = sum(c["rows"] for c in counts.values())
         own = sum(counts[n]["rows"] for n in range(self.catalog.n_parts))
         self.scratch.write_json("rows", {"rows": n_rows, "own": own})
@@ -167,9 +177,10 @@ class Exchange:
         if not n_rows:
             self.scratch.write_json("plan", {"starts": []})
             return
-        run_tasks("sample", self._sample, range(self.n_parts))
+        light = n_rows <= _LIGHT_ROWS * self.n_parts
+        run_tasks("sample", self._sample, range(self.n_parts), light=light)
         run_tasks("cluster", self._fit, [0])
-        run_tasks("assign", self._assign, range(self.n_parts))
+        run_tasks("assign", self._assign, range(self.n_parts), light=light)
 
     @property
     def n_buckets(self) -> int:
@@ -180,11 +191,12 @@ class Exchange:
         """Return the rows of a part in a bucket."""
         return Rows.from_arrow(self.scratch.read(f"exchange/{part:05d}", bucket))
 
-    def by_bucket(self, rows: Rows) -> list[pa.RecordBatch]:
-        """Return the rows of each bucket as a record batch."""
+    def by_bucket(self, places: Places) -> Iterator[pa.RecordBatch]:
+        """Yield the rows that are looked at in each bucket as a record batch."""
         starts = np.array(self._starts())
-        bucket = np.searchsorted(starts, rows.cluster, side="right") - 1
-        return [rows.take(bucket == b).to_arrow() for b in range(len(starts))]
+        bucket = np.searchsorted(starts, places.cluster, side="right") - 1
+        for b in range(len(starts)):
+            yield places.take(np.flatnonzero(bucket == b)).to_arrow()
 
     def centroids(self) -> npt.NDArray[np.float32]:
         """Return the centroids, (k, d) float32 with unit rows."""
@@ -198,14 +210,19 @@ class Exchange:
             part -= catalog.n_parts
         raise IndexError(part)
 
-    def _taking_part(self, part: int, columns: Sequence[str]) -> tuple[pa.Table, npt.NDArray[np.int64]]:
-        """Return the rows that are ok and have an embedding, and their uids."""
+    def _taking_part(
+        self, part: int, columns: Sequence[str], draw: Callable[[_Ints], npt.NDArray[np.bool_]] | None = None
+    ) -> tuple[pa.Table, _Ints]:
+        """Return the rows that are ok and have an embedding, of these the drawn ones, and their uids."""
         catalog, number, bits = self._source(part)
         table = catalog.read(number, list(dict.fromkeys([schema.UID, schema.STATUS, schema.EMBEDDING, *columns])))
-        table = table.filter(
-            pc.and_(pc.equal(table[schema.STATUS], schema.STATUS_OK), pc.is_valid(table[schema.EMBEDDING]))
-        )
-        return table, table[schema.UID].to_numpy() | bits
+        uid = table[schema.UID].to_numpy() | bits
+        takes = pc.and_(pc.equal(table[schema.STATUS], schema.STATUS_OK), pc.is_valid(table[schema.EMBEDDING]))
+        mask = takes.to_numpy()
+        if draw is not None:
+            mask &= draw(uid)
+        # A copy of all embeddings is worth avoiding.
+        return (table, uid) if mask.all() else (table.filter(pa.array(mask)), uid[mask])
 
     def _count(self, part: int) -> dict[str, Any]:
         catalog, number, _ = self._source(part)
@@ -217,10 +234,10 @@ class Exchange:
         name = f"sample/{part:05d}"
         if not self.scratch.has(name):
             n_rows = self.n_rows
-            table, uid = self._taking_part(part, [])
-            drawn = sample_mask(uid, n_rows, self.config.fit_rows(n_rows), self.config.random_state)
-            x, valid = unit_rows(_matrix(table.filter(pa.array(drawn))))
-            self.scratch.write(name, [_batch(uid[drawn][valid], x[valid])])
+            fit_rows, seed = self.config.fit_rows(n_rows), self.config.random_state
+            table, uid = self._taking_part(part, [], lambda uid: sample_mask(uid, n_rows, fit_rows, seed))
+            x, valid = unit_rows(_matrix(table))
+            self.scratch.write(name, [_batch(uid[valid], x[valid])])
         return {}
 
     def _fit(self, number: int) -> dict[str, Any]:
@@ -263,12 +280,14 @@ class Exchange:
         table, uid = self._taking_part(part, [schema.SHARD, schema.KEY, *(() if is_reference else columns)])
         clustering = Clustering(self.centroids(), self.scratch.read_json("plan")["dimensions"])
         x, valid = unit_rows(_matrix(table, clustering.centroids.shape[1]))
-        table, x, uid = table.filter(pa.array(valid)), x[valid], uid[valid]
+        table = table.drop_columns([schema.EMBEDDING])
+        if not valid.all():
+            table, x, uid = table.filter(pa.array(valid)), x[valid], uid[valid]
         # What stays in any case needs no preference.
         values = {c: np.zeros(len(uid)) if is_reference else numeric_column(table, c) for c in columns}
         names = sample_names(table, self.scratch.read_json("names"))
         rows = make_rows(x, uid, names, values, clustering, self.config, get_backend(self.device))
-        self.scratch.write(name, self.by_bucket(rows))
+        self.scratch.write(name, self.by_bucket(rows.at_home()))
         return {}
 
     @property

@@ -18,6 +18,7 @@ file                  a batch per       holds
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -90,12 +91,12 @@ class HashDedup:
         """Decide about all rows; :meth:`outcome` then tells the decisions part by part."""
         files, parts = self._files, range(self.catalog.n_parts)
         files.make("", "rows", "unique", "answers", "bands", "pairs")
-        counts = run_tasks("count", self._count, parts).values()
+        counts = run_tasks("count", self._count, parts, light=True).values()
         n_rows = sum(c["rows"] for c in counts)
         files.write_json("names", shard_names({s for c in counts for s in c["shards"]}))
         n_buckets = max(1, -(-n_rows * _ROW_BYTES // self.bucket_bytes))
         files.write_json("plan", {"buckets": n_buckets})
-        run_tasks("hashes", self._send, parts)
+        run_tasks("hashes", self._send, parts, light=True)
         unique = sum(r["hashes"] for r in run_tasks("equal", self._unite, range(n_buckets)).values())
         overrides = Decisions.stay(np.empty(0, np.int64))
         if self.max_distance and unique:
@@ -154,8 +155,11 @@ class HashDedup:
         if self._files.has(name):
             return {"hashes": len(self._files.read(name))}
         sent = [Hashes.from_arrow(self._files.read(f"rows/{p:05d}", bucket)) for p in range(self.catalog.n_parts)]
-        unique = best_of_each(Hashes.concat(sent))
-        answers = [unique.take(positions_in(rows.words, unique.words)).to_arrow() for rows in sent]
+        bounds = np.append(0, np.cumsum([len(rows) for rows in sent]))
+        rows = Hashes.concat(sent)
+        unique = best_of_each(rows)
+        at = positions_in(rows.words, unique.words)
+        answers = (unique.take(at[a:b]).to_arrow() for a, b in itertools.pairwise(bounds))
         self._files.write(f"answers/{bucket:05d}", answers)
         self._files.write(name, [unique.to_arrow()])
         return {"hashes": len(unique)}

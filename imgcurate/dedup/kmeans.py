@@ -19,7 +19,7 @@ from imgcurate.dedup.similarity import exact_similarity, rounding_error
 
 __all__ = ["Clustering", "assign", "find_probes", "fit_clustering"]
 
-_BLOCK_VALUES: Final = 32 * 1024 * 1024
+_BLOCK_VALUES: Final = 8 * 1024 * 1024
 _SPLIT_OVER: Final = 4.0
 _REACH_SLACK: Final = 1e-3
 _MAX_SPREAD_ROWS: Final = 8192
@@ -141,7 +141,7 @@ def assign(
 
     Notes
     -----
-    Memory is one block of 32 M products beside `x`.
+    Memory is one block of 8 M products beside `x`.
     """
     n_probe = min(n_probe, len(centroids))
     labels = np.zeros((len(x), n_probe), dtype=np.int32)
@@ -198,26 +198,32 @@ def find_probes(
     reach = np.sqrt(2 * config.largest_eps)
     likely = reach / np.sqrt(clustering.dimensions)
     band = 4 * rounding_error(x.shape[1])
+    distances = _distances(centroids, labels)
     for i in range(1, labels.shape[1]):
-        between = _distances(centroids, labels[:, 0], labels[:, i])
-        limit = between * ((reach if i < config.n_probe else min(reach, likely)) + _REACH_SLACK)
-        near = np.flatnonzero(approximate[:, 0] - approximate[:, i] <= limit + band)
-        exact = exact_similarity(x, centroids, near, labels[near, i])
-        near = near[similarity[near] - exact <= limit[near]]
-        probes[near, i - 1] = labels[near, i]
+        limit = distances[:, i - 1] * ((reach if i < config.n_probe else min(reach, likely)) + _REACH_SLACK)
+        farther = approximate[:, 0] - approximate[:, i]
+        is_near = farther <= limit - band
+        unsure = np.flatnonzero(~is_near & (farther <= limit + band))
+        is_near[unsure] = (
+            similarity[unsure] - exact_similarity(x, centroids, unsure, labels[unsure, i]) <= limit[unsure]
+        )
+        probes[is_near, i - 1] = labels[is_near, i]
     return labels[:, 0].copy(), similarity, probes
 
 
-def _distances(centroids: Floats, a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    """Return how far apart pairs of centroids lie."""
-    pairs, inverse = np.unique(a.astype(np.int64) * len(centroids) + b, return_inverse=True)
-    first, second = np.divmod(pairs, len(centroids))
+def _distances(centroids: Floats, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Return how far the first centroid of each row of labels lies from the others, (n, p - 1)."""
+    first, others = labels[:, :1].astype(np.int64), labels[:, 1:].astype(np.int64)
+    low, high = np.minimum(first, others), np.maximum(first, others)
+    pairs, inverse = np.unique(low * len(centroids) + high, return_inverse=True)
+    low, high = np.divmod(pairs, len(centroids))
     distances: npt.NDArray[np.float64] = np.empty(len(pairs))
     for start in range(0, len(pairs), _MAX_SPREAD_ROWS):
         at = slice(start, start + _MAX_SPREAD_ROWS)
-        apart = centroids[first[at]].astype(np.float64) - centroids[second[at]]
-        distances[at] = np.linalg.norm(apart, axis=1)
-    return distances[inverse]
+        apart = centroids[low[at]].astype(np.float64)
+        apart -= centroids[high[at]]
+        distances[at] = np.sqrt(np.einsum("ij,ij->i", apart, apart))
+    return distances[inverse.reshape(others.shape)]
 
 
 def _nearest(
@@ -232,8 +238,15 @@ def _nearest(
     top = backend.to_host(xp.take_along_axis(top, order, axis=1))
     values = backend.to_host(xp.take_along_axis(values, order, axis=1))
     band = 2 * rounding_error(x.shape[1])
+    tied = values[:, :-1] - values[:, 1:] < band
+    # Who is among them is not in question, but in which order.
+    rows = np.flatnonzero(tied.any(axis=1))
+    exact = exact_similarity(x, centroids, np.repeat(rows, n_top), top[rows].reshape(-1)).reshape(-1, n_top)
+    order = np.lexsort((top[rows], -exact), axis=1)
+    top[rows] = np.take_along_axis(top[rows], order, axis=1)
     labels = top[:, :n_probe].astype(np.int32)
-    for row in np.flatnonzero((values[:, :-1] - values[:, 1:] < band).any(axis=1)):
+    values[rows] = np.take_along_axis(exact, order, axis=1)
+    for row in np.flatnonzero(tied[:, n_probe - 1 :].any(axis=1)):
         near = np.flatnonzero(backend.to_host(products[row]) >= values[row, n_probe - 1] - band)
         similarity = exact_similarity(x, centroids, np.full(len(near), row), near)
         best = np.lexsort((near, -similarity))[:n_probe]

@@ -11,7 +11,7 @@ So a row that goes always names a row that stays, and no two rows that stay and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.records import Records, array_from_arrow, array_to_arrow
 from imgcurate.dedup.similarity import greedy_keep, near_pairs, remove_chains
 
-__all__ = ["REFERENCE_BIT", "Decisions", "Pairs", "Rows", "across", "choose", "orphans_of", "within"]
+__all__ = ["REFERENCE_BIT", "Decisions", "Pairs", "Places", "Rows", "across", "choose", "orphans_of", "within"]
 
 REFERENCE_BIT: Final = 1 << 62
 """Set in the uid of a row of a reference set, which stays whatever it is near to."""
@@ -43,7 +43,7 @@ class Rows(Records):
     keys : ndarray of float64 of shape (n, k)
         Preference, smaller first, column by column; then the uid.
     cluster : ndarray of int32 of shape (n,)
-        The cluster that the row is looked at in: its nearest, but for :meth:`visitors`.
+        The cluster that the row is looked at in: its nearest, but for rows that were taken from :meth:`away`.
     probes : ndarray of int32 of shape (n, p)
         p >= 1 further clusters to look at it in; -1 where no near row can be.
     name : ndarray of object of shape (n,)
@@ -64,23 +64,20 @@ class Rows(Records):
         """Mask of the rows of reference sets."""
         return _is_reference(self.uid)
 
-    def visitors(self) -> Rows:
-        """Return the rows as they are looked at in their further clusters."""
-        parts = [Rows.empty(self.keys.shape[1], self.probes.shape[1], self.x.shape[1])]
-        for column in self.probes.T:
-            there = column >= 0
-            parts.append(replace(self.take(there), cluster=column[there]))
-        return Rows.concat(parts)
+    def at_home(self, index: npt.NDArray[Any] | None = None) -> Places:
+        """Return where the rows are looked at first: all, or those at these positions or of this mask."""
+        index = np.arange(len(self)) if index is None else np.arange(len(self))[index]
+        return Places(self, index, self.cluster[index])
 
-    def in_order(self) -> Rows:
-        """Return the rows by cluster, in each those of reference sets first, then the preferred ones."""
-        return self.take(np.lexsort((self.uid, *self.keys.T[::-1], ~self.fixed, self.cluster)))
+    def away(self, index: npt.NDArray[Any] | None = None) -> Places:
+        """Return where they are looked at besides: in the clusters of their probes."""
+        index = self.at_home(index).index
+        at, probe = np.nonzero(self.probes[index] >= 0)
+        return Places(self, index[at], self.probes[index[at], probe])
 
-    def clusters(self) -> dict[int, slice]:
-        """Return where each cluster lies in rows that are in order."""
-        values, starts = np.unique(self.cluster, return_index=True)
-        stops = [*starts, len(self)][1:]
-        return {int(c): slice(int(a), int(b)) for c, a, b in zip(values, starts, stops, strict=True)}
+    def in_order(self) -> dict[int, Ints]:
+        """Return the rows of each cluster, as positions: those of reference sets first, then the preferred ones."""
+        return _runs(self.cluster, np.lexsort((self.uid, *self.keys.T[::-1], ~self.fixed, self.cluster)))
 
     @staticmethod
     def empty(n_keys: int, n_probes: int, dim: int) -> Rows:
@@ -89,6 +86,40 @@ class Rows(Records):
             np.empty(0, np.int64), np.empty((0, n_keys)), np.empty(0, np.int32), np.empty((0, n_probes), np.int32),
             np.empty(0, object), np.empty((0, dim), np.float32),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Places:
+    """Rows, and clusters that they are looked at in; nothing is copied.
+
+    Attributes
+    ----------
+    rows : Rows
+        The rows, some of which have a place, or several.
+    index : ndarray of int64 of shape (m,)
+        Positions in `rows`.
+    cluster : ndarray of int32 of shape (m,)
+        Where each is looked at.
+    """
+
+    rows: Rows
+    index: Ints
+    cluster: npt.NDArray[np.int32]
+
+    def take(self, index: npt.NDArray[Any]) -> Rows:
+        """Return the rows of some places, as they are looked at there."""
+        return replace(self.rows.take(self.index[index]), cluster=self.cluster[index])
+
+    def by_cluster(self) -> dict[int, Ints]:
+        """Return the rows that are looked at in each cluster, as positions in :attr:`rows`."""
+        places = _runs(self.cluster, np.argsort(self.cluster, kind="stable"))
+        return {cluster: self.index[at] for cluster, at in places.items()}
+
+
+def _runs(cluster: npt.NDArray[np.int32], order: Ints) -> dict[int, Ints]:
+    """Return `order`, which sorts by cluster, in pieces of one cluster each."""
+    values, starts = np.unique(cluster[order], return_index=True)
+    return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True)) if len(order) else {}
 
 
 @dataclass(frozen=True)
@@ -181,7 +212,7 @@ class Pairs:
         return Pairs(uid, keys, name, array_from_arrow(batch["similarity"]))
 
 
-def within(rows: Rows, config: DedupConfig, backend: Backend) -> tuple[Rows, Decisions]:
+def within(rows: Rows, config: DedupConfig, backend: Backend) -> Decisions:
     """Decide in each cluster by itself.
 
     Parameters
@@ -195,16 +226,13 @@ def within(rows: Rows, config: DedupConfig, backend: Backend) -> tuple[Rows, Dec
 
     Returns
     -------
-    rows : Rows
-        The same, in order.
-    decisions : Decisions
-        One for each of `rows`.
+    Decisions
+        One for each of `rows`, in their order.
     """
-    rows = rows.in_order()
     keeper = np.full(len(rows), -1, dtype=np.int64)
     similarity = np.full(len(rows), np.nan)
     fixed = rows.fixed
-    for place in rows.clusters().values():
+    for place in rows.in_order().values():
         x = rows.x[place]
         if config.mode == "semdedup":
             local, similarity[place] = remove_chains(x, config.threshold, backend)
@@ -212,30 +240,38 @@ def within(rows: Rows, config: DedupConfig, backend: Backend) -> tuple[Rows, Dec
             local, similarity[place] = greedy_keep(
                 x, config.threshold, backend, n_fixed=int(fixed[place].sum()), only_fixed=config.only_reference
             )
-        keeper[place] = np.where(local >= 0, local + place.start, -1)
-    return rows, _decisions(rows.uid, rows.name, keeper, similarity)
+        keeper[place] = np.where(local >= 0, place[local], -1)
+    return _decisions(rows.uid, rows.name, keeper, similarity)
 
 
-def across(a: Rows, b: Rows, config: DedupConfig, backend: Backend) -> Pairs:
-    """Return the near pairs of rows of `a` and of `b` that are looked at in the same cluster.
+def across(a: Places, b: Iterable[Places], config: DedupConfig, backend: Backend) -> Pairs:
+    """Return the near pairs of rows of `a` and of each of `b` that are looked at in the same cluster.
 
     Rows may be on both sides; no row is compared with itself, and no two rows of reference sets are.
     """
-    a, b = a.in_order(), b.in_order()
     found: list[Pairs] = []
-    others = b.clusters()
-    for cluster, place in a.clusters().items():
-        if cluster not in others:
-            continue
-        left, right = a.take(_span(place)), b.take(_span(others[cluster]))
-        sides = [(left.take(~left.fixed), right.take(right.fixed) if config.only_reference else right)]
-        sides.append((left.take(left.fixed), right.take(~right.fixed)))
-        found += [_near(one, other, config.threshold, backend) for one, other in sides if len(one) and len(other)]
-    return Pairs.concat(found, a.keys.shape[1])
+    residents, fixed = a.by_cluster(), a.rows.fixed
+    for other in b:
+        other_fixed = other.rows.fixed
+        for cluster, right in other.by_cluster().items():
+            left = residents.get(cluster)
+            if left is None:
+                continue
+            right_fixed = other_fixed[right]
+            sides = [
+                (left[~fixed[left]], right[right_fixed] if config.only_reference else right),
+                (left[fixed[left]], right[~right_fixed]),
+            ]
+            for i, j in sides:
+                if len(i) and len(j):
+                    found.append(_near(a.rows, i, other.rows, j, config.threshold, backend))
+    return Pairs.concat(found, a.rows.keys.shape[1])
 
 
-def _near(a: Rows, b: Rows, threshold: float, backend: Backend) -> Pairs:
-    i, j, similarity = near_pairs(a.x, b.x, threshold, backend)
+def _near(a: Rows, left: Ints, b: Rows, right: Ints, threshold: float, backend: Backend) -> Pairs:
+    """Return the near pairs of rows at some positions of `a` and of `b`."""
+    i, j, similarity = near_pairs(a.x[left], b.x[right], threshold, backend)
+    i, j = left[i], right[j]
     distinct = a.uid[i] != b.uid[j]
     i, j = i[distinct], j[distinct]
     return Pairs(
@@ -299,7 +335,3 @@ def orphans_of(decisions: Decisions, later: Decisions) -> npt.NDArray[np.bool_]:
 
 def _is_reference(uid: Ints) -> npt.NDArray[np.bool_]:
     return uid >= REFERENCE_BIT
-
-
-def _span(place: slice) -> Ints:
-    return np.arange(place.start, place.stop)

@@ -39,19 +39,22 @@ def unit_rows(x: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray
     for start in range(0, len(x), _NORM_ROWS):
         at = slice(start, start + _NORM_ROWS)
         block = x[at].astype(np.float64)
-        finite = np.isfinite(block).all(axis=1)
-        block[~finite] = 0
-        with np.errstate(over="ignore", under="ignore"):
-            norm = np.sqrt((block * block).sum(axis=1))
-        odd = ~(np.isfinite(norm) & (norm > 1e-150))
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            norm = np.sqrt(np.einsum("ij,ij->i", block, block))
+        odd: npt.NDArray[np.bool_] = ~(np.isfinite(norm) & (norm > 1e-150))
         if odd.any():
-            # Squares of values this large or small are no longer float64.
-            largest = np.abs(block[odd]).max(axis=1, initial=0)
-            block[odd] /= np.where(largest > 0, largest, 1)[:, None]
-            norm[odd] = np.sqrt((block[odd] ** 2).sum(axis=1))
+            block[odd], norm[odd] = _scaled(block[odd])
         valid[at] = norm > 0
-        out[at] = block / np.where(norm > 0, norm, 1)[:, None]
+        np.divide(block, np.where(norm > 0, norm, 1)[:, None], out=out[at], casting="same_kind")
     return out, valid
+
+
+def _scaled(rows: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return rows whose squares are no float64, divided by their largest value, and their length; 0 if not finite."""
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0)
+    largest = np.abs(rows).max(axis=1, initial=0)
+    rows /= np.where(largest > 0, largest, 1)[:, None]
+    return rows, np.sqrt((rows**2).sum(axis=1))
 
 
 def sample_mask(uid: npt.NDArray[np.int64], n_rows: int, fit_rows: int, seed: int) -> npt.NDArray[np.bool_]:

@@ -129,25 +129,30 @@ class _KeptRows:
 
     def __init__(self, x: Floats, backend: Backend) -> None:
         self._x, self._backend = x, backend
-        self._index: Ints = np.empty(0, dtype=np.int64)
+        self._index: Ints = np.empty(len(x), dtype=np.int64)
+        self._n = 0
         self._slices: list[Any] = []
 
     def add(self, rows: Ints) -> None:
-        full = len(self._index) // _SLICE_ROWS * _SLICE_ROWS
-        self._index = np.concatenate([self._index, rows])
-        del self._slices[full // _SLICE_ROWS :]
-        for start in range(full, len(self._index), _SLICE_ROWS):
-            part = self._x[self._index[start : start + _SLICE_ROWS]]
-            self._slices.append(self._backend.asarray(part))
+        self._index[self._n : self._n + len(rows)] = rows
+        while len(rows):
+            used = self._n % _SLICE_ROWS
+            if used == 0:
+                size = min(_SLICE_ROWS, len(self._x) - self._n)
+                self._slices.append(self._backend.xp.empty((size, self._x.shape[1]), np.float32))
+            now, rows = rows[: _SLICE_ROWS - used], rows[_SLICE_ROWS - used :]
+            self._slices[-1][used : used + len(now)] = self._backend.asarray(self._x[now])
+            self._n += len(now)
 
     def candidates(self, block: Floats, threshold: float) -> tuple[Ints, Ints]:
         """Return (row of the block, kept row) of all pairs that may reach the threshold."""
         on_device = self._backend.asarray(block)
         found_i, found_j = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for k, part in enumerate(self._slices):
-            i, j = _nonzero(on_device @ part.T, threshold, block.shape[1], self._backend)
+            start = k * _SLICE_ROWS
+            i, j = _nonzero(on_device @ part[: self._n - start].T, threshold, block.shape[1], self._backend)
             found_i.append(i)
-            found_j.append(self._index[k * _SLICE_ROWS + j])
+            found_j.append(self._index[start + j])
         return np.concatenate(found_i), np.concatenate(found_j)
 
 

@@ -121,11 +121,12 @@ class Ledger:
         parts = range(self.job.catalog.n_parts)
         former = 0
         if schema.DUPLICATE_OF in self.job.catalog.schema.names:
-            former = sum(r["former"] for r in run_tasks("former duplicates", self._count, parts).values())
+            counts = run_tasks("former duplicates", self._count, parts, light=True)
+            former = sum(r["former"] for r in counts.values())
         self._scratch.make("", "named", "gone", "moved")
         self._scratch.write_json("plan", {"buckets": -(-former // _BUCKET_ROWS)})
         if former:
-            run_tasks("who leaves", self._spread, parts)
+            run_tasks("who leaves", self._spread, parts, light=True)
             run_tasks("who is named", self._join, range(self._n_buckets))
 
     def table(self, number: int, columns: Sequence[str]) -> pa.Table:
@@ -195,8 +196,9 @@ class Ledger:
             parts = range(self.job.catalog.n_parts)
             files = (self._scratch.read(f"gone/{p:05d}", bucket) for p in parts)
             gone = Verdicts.concat([Verdicts.from_arrow(f) for f in files])
+            gone = gone.take(np.argsort(gone.uid))
             named = (self._scratch.read(f"named/{p:05d}", bucket)["uid"].to_numpy() for p in parts)
-            self._scratch.write(name, [gone.take(np.isin(gone.uid, uids)).to_arrow() for uids in named])
+            self._scratch.write(name, (gone.take(_found(gone.uid, uids)).to_arrow() for uids in named))
         return {}
 
     def _moved(self, part: int, old: pa.Table) -> tuple[Verdicts, npt.NDArray[np.int64]]:
@@ -226,6 +228,14 @@ class Ledger:
 
     def _bucket(self, uid: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return (hash_uids(uid, 0) % np.uint64(self._n_buckets)).astype(np.int64)
+
+
+def _found(uid: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return where those of `wanted` that are there stand in `uid`, which is sorted."""
+    if not len(uid):
+        return np.empty(0, np.int64)
+    at: npt.NDArray[np.int64] = np.minimum(np.searchsorted(uid, wanted), len(uid) - 1)
+    return at[np.equal(uid[at], wanted)]
 
 
 def _is_former(table: pa.Table) -> npt.NDArray[np.bool_]:

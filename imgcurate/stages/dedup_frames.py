@@ -24,7 +24,7 @@ from imgcurate.execution import Progress, run_on_client
 from imgcurate.stages.executor import frame_types
 from imgcurate.storage import join_url
 
-__all__ = ["client_runner", "decided_frame", "dedup_frame", "run_here"]
+__all__ = ["client_runner", "dedup_frame", "run_here"]
 
 
 def dedup_frame(
@@ -75,14 +75,15 @@ def dedup_frame(
     dask.compute(*(spool(part, i, spooled, out) for i, part in enumerate(ddf[out.names].to_delayed())))
     job = make_job(spooled, join_url(scratch_dir, "dedup"))
     job.run(run_here)
-    kept = [c for c in out.names if c not in adds]
-    return decided_frame(job, run_here, device, [*kept, *adds])
-
-
-def decided_frame(job: DedupJob, run_tasks: TaskRunner, device: str, columns: Sequence[str]) -> dd.DataFrame:
-    """Return the lazy frame of a job that has run: some columns, a partition per part."""
     ledger = Ledger(job)
-    ledger.run(run_tasks)
+    ledger.run(run_here)
+    kept = [c for c in out.names if c not in adds]
+    return _decided_frame(ledger, device, [*kept, *adds])
+
+
+def _decided_frame(ledger: Ledger, device: str, columns: Sequence[str]) -> dd.DataFrame:
+    """Return the lazy frame of a job that has run: some columns, a partition per part."""
+    job = ledger.job
     types = {f.name: f.type for f in job.catalog.schema}
     out = schema.arrow_schema(columns, types | {c: schema.arrow_type(c) for c in columns if c in schema.COLUMNS})
     backend = get_backend(device)
@@ -96,16 +97,18 @@ def client_runner(client: Client, progress: Progress | None) -> TaskRunner:
     """Return what runs the steps of a job on a cluster."""
 
     def run_tasks(
-        step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]
+        step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
     ) -> dict[int, dict[str, Any]]:
-        return run_on_client(f"dedup: {step}", function, numbers, client=client, progress=progress)
+        return run_on_client(f"dedup: {step}", function, numbers, client=client, progress=progress, light=light)
 
     return run_tasks
 
 
-def run_here(step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+def run_here(
+    step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
+) -> dict[int, dict[str, Any]]:
     """Run a step on whatever Dask computes on: the current client, or threads."""
-    del step
+    del step, light
     task = dask.delayed(function, pure=False)
     return dict(zip(numbers, dask.compute(*(task(n) for n in numbers)), strict=True))
 

@@ -16,10 +16,11 @@ from imgcurate.catalog import Catalog, Manifest, write_parquet
 from imgcurate.dedup.catalog import CatalogDedup
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.exchange import Scratch
+from imgcurate.dedup.verdicts import Ledger
 from imgcurate.errors import ConfigError, EncoderMismatchError, InputError
 from imgcurate.execution import Progress
 from imgcurate.stages.base import DatasetStage
-from imgcurate.stages.dedup_frames import client_runner, decided_frame, dedup_frame
+from imgcurate.stages.dedup_frames import client_runner, dedup_frame
 from imgcurate.storage import join_url, make_folder
 
 __all__ = ["SemanticDedupStage", "save_summary", "semantic_dedup"]
@@ -146,14 +147,16 @@ class SemanticDedupStage(DatasetStage):
         client: Client,
         device: str,
         progress: Progress | None = None,
-    ) -> dd.DataFrame:
+    ) -> Ledger:
         """Process a catalog, with checkpoints in `scratch_dir`; the way that :class:`Pipeline` takes."""
         references = _references(self.reference, before)
         job = CatalogDedup(before, self.config, scratch_dir, device, references)
         run_tasks = client_runner(client, progress)
         removed = job.run(run_tasks)
         save_summary(job, removed, join_url(before.folder, "dedup"))
-        return decided_frame(job, run_tasks, device, [schema.STATUS, schema.REASON, *_added(self.reference)])
+        ledger = Ledger(job)
+        ledger.run(run_tasks)
+        return ledger
 
 
 def semantic_dedup(

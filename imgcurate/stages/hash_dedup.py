@@ -14,11 +14,11 @@ from imgcurate import schema
 from imgcurate.catalog import Catalog
 from imgcurate.dedup.hashes import HASH_COLUMNS, HashDedup
 from imgcurate.dedup.keep import KeepOrder
-from imgcurate.dedup.verdicts import CONTENT, PHASH, PIXELS
+from imgcurate.dedup.verdicts import CONTENT, PHASH, PIXELS, Ledger
 from imgcurate.errors import ConfigError
 from imgcurate.execution import Progress
 from imgcurate.stages.base import DatasetStage
-from imgcurate.stages.dedup_frames import client_runner, decided_frame, dedup_frame
+from imgcurate.stages.dedup_frames import client_runner, dedup_frame
 
 __all__ = ["ExactDedupStage", "PerceptualDedupStage", "exact_dedup", "perceptual_dedup"]
 
@@ -61,12 +61,14 @@ class _HashDedupStage(DatasetStage):
         client: Client,
         device: str,
         progress: Progress | None = None,
-    ) -> dd.DataFrame:
+    ) -> Ledger:
         """Process a catalog, with checkpoints in `scratch_dir`; the way that :class:`Pipeline` takes."""
-        job = self._job(before, scratch_dir)
+        del device
+        ledger = Ledger(self._job(before, scratch_dir))
         run_tasks = client_runner(client, progress)
-        job.run(run_tasks)
-        return decided_frame(job, run_tasks, device, [schema.STATUS, schema.REASON, *_ADDS])
+        ledger.job.run(run_tasks)
+        ledger.run(run_tasks)
+        return ledger
 
     @property
     def _kind(self) -> str:
