@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,16 @@ def main() -> int:
     rows = 3000 if args.smoke else args.rows
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         catalog = vectors(args.folder or Path(scratch), rows, args.dim)
-        steps, peak_bytes, removed = measure(catalog, scratch, args.workers)
-    total_s = sum(seconds for _, seconds in steps)
-    for name, seconds in steps:
-        print(f"{name:32} {seconds:8.1f} s")
+        steps, removed = measure(catalog, scratch, args.workers)
+    total_s, peak_bytes = sum(s.seconds for s in steps), max(s.peak_bytes for s in steps)
+    for step in steps:
+        print(f"{step.name:32} {step.seconds:8.1f} s {step.peak_bytes / 2**30:8.2f} GiB")
     print(f"{rows:,} rows: {total_s:.1f} s, {removed:,} removed, {peak_bytes / 2**30:.2f} GiB in all processes")
     case = {"name": "total", "median_s": total_s, "counted": {"rows": rows, "removed": removed}}
     report = {
         "benchmark": "dedup_scale", "smoke": args.smoke, "environment": environment(["scikit-learn"]),
         "parameters": {"rows": rows, "dim": args.dim, "workers": args.workers},
-        "results": [case], "steps_s": dict(steps), "peak_rss_bytes": peak_bytes,
+        "results": [case], "steps": [asdict(s) for s in steps], "peak_rss_bytes": peak_bytes,
     }  # fmt: skip
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -77,14 +78,21 @@ def vectors(folder: Path, rows: int, dim: int) -> Catalog:
     return catalog
 
 
-def measure(catalog: Catalog, scratch: str, workers: int) -> tuple[list[tuple[str, float]], int, int]:
-    """Run it, and return the seconds of each step, the peak memory and the rows that went."""
-    steps: list[tuple[str, float]] = []
-    peak = 0
+@dataclass
+class Step:
+    """What a step took, and the memory of all processes together while it ran."""
+
+    name: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def measure(catalog: Catalog, scratch: str, workers: int) -> tuple[list[Step], int]:
+    """Run it, and return the steps and the rows that went."""
+    steps = [Step("start")]
     done = threading.Event()
 
     def watch() -> None:
-        nonlocal peak
         me = psutil.Process(os.getpid())
         while not done.wait(0.2):
             total = 0
@@ -93,28 +101,32 @@ def measure(catalog: Catalog, scratch: str, workers: int) -> tuple[list[tuple[st
                     total += process.memory_info().rss
                 except psutil.Error:
                     continue
-            peak = max(peak, total)
+            steps[-1].peak_bytes = max(steps[-1].peak_bytes, total)
 
     thread = threading.Thread(target=watch)
     with open_client(device="cpu", n_workers=workers) as client:
 
-        def run(step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]) -> dict[int, Any]:
+        def run(
+            step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
+        ) -> dict[int, Any]:
+            steps.append(Step(step))
             start = time.perf_counter()
-            result = run_on_client(step, function, numbers, client=client)
-            steps.append((step, time.perf_counter() - start))
+            result = run_on_client(step, function, numbers, client=client, light=light)
+            steps[-1].seconds = time.perf_counter() - start
             return result
 
         thread.start()
         job = CatalogDedup(catalog, DedupConfig(), f"{scratch}/dedup", "cpu")
         removed = job.run(run)
+        steps.append(Step("collect"))
         start = time.perf_counter()
         gone = sum(int(job.decided(part).goes.sum()) for part in range(catalog.n_parts))
-        steps.append(("collect", time.perf_counter() - start))
+        steps[-1].seconds = time.perf_counter() - start
         done.set()
         thread.join()
     if gone != removed[job.config.eps]:
         raise AssertionError(f"{removed} were counted and {gone} are gone")
-    return steps, peak, gone
+    return steps, gone
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from imgcurate import (
     ProcessingStage,
     SemanticDedupStage,
 )
-from imgcurate.schema import UID_SHARD_BITS
+from imgcurate.schema import UID_SHARD_BITS, arrow_type
 
 SHARD_ROWS, DIM = 1000, 512
 UNUSABLE = ("open_clip", "nvidia")
@@ -52,7 +52,7 @@ class Planted(ProcessingStage):
     """Embeddings by place in the input, in place of a model."""
 
     name = "planted"
-    adds: ClassVar = {"embedding": "list<float>"}
+    adds: ClassVar = {"embedding": arrow_type("embedding")}
     encoder = "planted"
 
     def process(self, batch: ImageBatch) -> ImageBatch:
@@ -104,6 +104,8 @@ def report(args: argparse.Namespace, rows: int, results: list[dict[str, Any]], p
 
 def finished_run(folder: Path, rows: int, workers: int) -> Path:
     """Return the output folder of the run; one that is there already is not made again."""
+    if (folder / "RUN" / "_SUCCESS").exists():
+        return folder / "RUN"
     (folder / "in").mkdir(parents=True, exist_ok=True)
     for shard in range(rows // SHARD_ROWS):
         if not (path := folder / "in" / f"{shard:05d}.tar").exists():

@@ -2,10 +2,11 @@
 
     python benchmarks/bench_scale.py --shards 1000 10000 100000 --folder SCRATCH
 
-Each shard is one partition with two samples, the smallest unit of work and of the checkpoint; nothing is decoded. All
-else is that of any run: index, catalog, a stage, counts, output shards, checksums, marks. Given are milliseconds per
-shard, by phase as well, and the peak memory of the process that holds client and scheduler and of the largest
-worker. One run for each number of shards, for the growth is what it is for.
+Each shard holds two samples, and nothing is decoded. By default up to 64 such tiny shards share a partition, the unit
+of work and of the checkpoint; `--files-per-partition 1` tells what a partition costs. All else is that of any run:
+index, catalog, a stage, counts, output shards, checksums, marks. Given are milliseconds per shard, by phase too, and
+the peak memory of the process that holds client and scheduler and of the largest worker. One run for each number of
+shards, for the growth is what it is for.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000], help="(default: 1,000 and 10,000)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default: 2)")
+    parser.add_argument("--files-per-partition", type=int, help="(default: tiny ones together)")
     parser.add_argument("--folder", type=Path, help="for shards and output (default: a temporary one)")
     args = parser.parse_args()
     results = []
     for n in [40, 80] if args.smoke else args.shards:
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-            results.append(measure(Path(scratch), n, args.workers))
+            results.append(measure(Path(scratch), n, args.workers, args.files_per_partition))
         r = results[-1]
         print(
             f"{n:,} shards: {r['median_s']:.1f} s, {r['ms_per_shard']:.2f} ms a shard; client and scheduler "
@@ -60,7 +62,7 @@ def main() -> int:
         print("  " + ", ".join(f"{name} {ms:.2f}" for name, ms in r["ms_by_phase"].items()) + " ms a shard")
     report = {
         "benchmark": "scale", "smoke": args.smoke, "environment": environment([]),
-        "parameters": {"workers": args.workers}, "results": results,
+        "parameters": {"workers": args.workers, "files_per_partition": args.files_per_partition}, "results": results,
     }  # fmt: skip
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -85,11 +87,11 @@ def make_shards(folder: Path, n: int) -> None:
             path.write_bytes(content.getvalue())
 
 
-def measure(scratch: Path, n: int, workers: int) -> dict[str, Any]:
+def measure(scratch: Path, n: int, workers: int, files_per_partition: int | None) -> dict[str, Any]:
     make_shards(scratch / "in", n)
     pipeline = Pipeline(
         [
-            FilePartitioningStage(str(scratch / "in")),
+            FilePartitioningStage(str(scratch / "in"), files_per_partition),
             ImageReaderStage(),
             Nothing(),
             ImageWriterStage(images_per_tar=10_000),

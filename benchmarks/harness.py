@@ -15,12 +15,14 @@ A benchmark is a script that makes its inputs, states its cases and hands them t
   stops. Given are the median and the quartiles.
 - A ratio is the median of the rounds' own ratios to the baseline; above 1 is faster than the baseline.
 - Each run's result is counted, and a count other than the expected one ends the benchmark.
-- Peak memory is the resident set of the whole process, inputs included, while the case ran.
+- Peak memory is the resident set of the whole process, inputs included, while the case ran, and of its child
+  processes, if there are any, as seen every 0.2 s.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import gc
 import importlib.metadata
@@ -30,16 +32,19 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import psutil
 
 __all__ = ["Case", "CountError", "argument_parser", "compare", "environment"]
 
+_CHILDREN_EVERY_S: Final = 0.2
 _MIN_REPEATS: Final = 5
 _PACKAGES: Final = "imgcurate numpy pyarrow pandas dask distributed torch".split()
 
@@ -182,12 +187,13 @@ def _measure(
         for case in [*cases[shift:], *cases[:shift]]:
             gc.collect()
             _reset_peak()
-            synchronize()
-            start = time.perf_counter()
-            result = case.run()
-            synchronize()
-            seconds = time.perf_counter() - start
-            peak = _peak_rss_bytes()
+            with _watched_children() as children:
+                synchronize()
+                start = time.perf_counter()
+                result = case.run()
+                synchronize()
+                seconds = time.perf_counter() - start
+            peak = _peak_rss_bytes() + max(children)
             if (counted := dict(case.count(result))) != dict(case.expected):
                 raise CountError(f"{case.name} gave {counted}, expected {dict(case.expected)}")
             del result
@@ -251,6 +257,29 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+@contextlib.contextmanager
+def _watched_children() -> Iterator[list[int]]:
+    """Yield a list that gets the resident bytes of all child processes together, several times a second."""
+    done, seen = threading.Event(), [0]
+
+    def watch() -> None:
+        me = psutil.Process()
+        while not done.wait(_CHILDREN_EVERY_S):
+            total = 0
+            for child in me.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    total += child.memory_info().rss
+            seen.append(total)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 def _peak_rss_bytes() -> int:
