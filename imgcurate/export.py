@@ -37,7 +37,8 @@ __all__ = [
 ]
 
 SOURCE_KEY: Final = "source_key"
-_COPY_BYTES: Final = 8 * 1024 * 1024
+_COPY_BYTES: Final = 1024 * 1024
+_WHOLE_BYTES: Final = 8 * 1024 * 1024
 _INTERNAL: Final = frozenset(
     {
         schema.SPANS, schema.FILES, schema.OFFSET, schema.STATUS, schema.REASON,
@@ -311,7 +312,7 @@ class _SpanSource:
         self._spans = list(zip(spans[::2], spans[1::2], strict=True))
         self.size = sum(spans[1::2])
         # Of an archive that is read forward, going back to a header would begin all anew.
-        self._whole = self._read(0, self.size) if self.size <= _COPY_BYTES else None
+        self._whole = self._read(0, self.size) if self.size <= _WHOLE_BYTES else None
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, fewer only where the sample ends."""

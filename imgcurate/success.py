@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, Final
 
@@ -19,7 +21,9 @@ __all__ = ["SUCCESS", "FileDigest", "HashingWriter", "Success", "file_digest"]
 
 SUCCESS: Final = "_SUCCESS"
 _FORMAT: Final = 1
-_BLOCK_BYTES: Final = 8 * 1024**2
+_BLOCK_BYTES: Final = 1024**2
+_THREAD_FROM_BYTES: Final = 2 * 1024**2
+_WAITING_BYTES: Final = 8 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +49,49 @@ class HashingWriter:
     ----------
     out : binary file
         Where the bytes go; None only hashes them.
+
+    Notes
+    -----
+    What is large is hashed by a thread of its own, while the caller reads and writes. Up to 8 MiB, or one piece, wait
+    for it.
     """
 
     def __init__(self, out: IO[bytes] | None = None) -> None:
         self._out = out
         self._hash = hashlib.sha256()
-        self._nbytes = 0
+        self._nbytes = self._waiting_bytes = 0
+        self._hasher: ThreadPoolExecutor | None = None
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
 
     def write(self, data: bytes) -> int:
         """Write some bytes."""
+        self._nbytes += len(data)
+        if self._nbytes > _THREAD_FROM_BYTES:
+            self._hash_soon(data)
+        else:
+            self._hash.update(data)
         if self._out is not None:
             self._out.write(data)
-        self._hash.update(data)
-        self._nbytes += len(data)
         return len(data)
+
+    def _hash_soon(self, data: bytes) -> None:
+        if self._hasher is None:
+            self._hasher = ThreadPoolExecutor(1, thread_name_prefix="imgcurate-hash")
+        while self._waiting and self._waiting_bytes + len(data) > _WAITING_BYTES:
+            self._take_hashed()
+        self._waiting.append((len(data), self._hasher.submit(self._hash.update, data)))
+        self._waiting_bytes += len(data)
+
+    def _take_hashed(self) -> None:
+        nbytes, future = self._waiting.popleft()
+        future.result()
+        self._waiting_bytes -= nbytes
 
     @property
     def digest(self) -> FileDigest:
         """Size and checksum of what was written so far."""
+        while self._waiting:
+            self._take_hashed()
         return FileDigest(self._nbytes, self._hash.hexdigest())
 
 

@@ -24,7 +24,6 @@ from imgcurate.cli import app
 from imgcurate.errors import ConfigError
 from imgcurate.success import SUCCESS, FileDigest, Success, file_digest
 from imgcurate.verification import Verification, verify_run
-from imgcurate.verification.references import Partitions
 
 DEDUP = SemanticDedupStage(eps=0.05, n_clusters=4)
 
@@ -571,19 +570,6 @@ def test_a_deduplication_of_embeddings(tmp_path: Path, client: Client) -> None:
     assert kinds(verify_run(str(out))) >= {"reference", "input"}
     (out / "kept.parquet").write_bytes(b"PAR1")
     assert kinds(verify_run(str(out))) >= {"damaged", "input"}
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 10])
-def test_partitions_never_span_two_increments(size: int) -> None:
-    partitions = Partitions((4, 5, 11), size)
-    parts = partitions.all()
-    assert [n for p in parts for n in p] == list(range(11))
-    assert all(len(p) <= size for p in parts)
-    for edge in (4, 5):
-        assert not any(p.start < edge < p.stop for p in parts)
-    numbers = np.arange(-2, 13)
-    expected = [next((i for i, p in enumerate(parts) if n in p), -1) for n in numbers.tolist()]
-    assert partitions.part_of(numbers).tolist() == expected
 
 
 def test_the_command(out: Path) -> None:
