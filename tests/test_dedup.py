@@ -11,9 +11,11 @@ from imgcurate.backend import Backend
 from imgcurate.dedup import DedupConfig, dedup_arrays
 from imgcurate.dedup import kmeans as kmeans_module
 from imgcurate.dedup import similarity as similarity_module
+from imgcurate.dedup.arrays import _decide as decide_rows
 from imgcurate.dedup.keep import KeepOrder, hash_uids
 from imgcurate.dedup.kmeans import assign, find_probes, fit_centroids, fit_clustering
-from imgcurate.dedup.rows import unit_rows
+from imgcurate.dedup.passes import Rows
+from imgcurate.dedup.rows import has_direction, unit_rows
 from imgcurate.dedup.similarity import greedy_keep, near_pairs
 from imgcurate.errors import ConfigError
 
@@ -279,6 +281,42 @@ def test_rows_without_a_direction_are_never_duplicates() -> None:
     assert result.duplicate_of.tolist() == [-1, -1, -1, -1, -1, -1, 5, -1]
 
 
+def test_fewer_rows_with_a_direction_than_clusters() -> None:
+    x = np.zeros((5, 4))
+    x[0], x[1] = [1, 0, 0, 0], [2, 0, 0, 0]
+    assert dedup_arrays(x, n_clusters=3, device="cpu").kept.sum() == 4
+
+
+@pytest.mark.parametrize("degrees", [17, 30])
+def test_a_massive_group_may_be_orphaned(degrees: int) -> None:
+    # Row 0 at 0 degrees takes row 1 at 15 across a border, so that the many copies, which went for row 1, are
+    # orphans: at 17 degrees they go for row 0, at 30 for one of their own. All pairs of them would fill no memory.
+    n = 40_000
+    angle = np.radians(np.concatenate([[0, 15], np.full(n, degrees)]))
+    x = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    uid = np.arange(n + 2)
+    cluster = np.where(uid == 0, 1, 0).astype(np.int32)
+    rows = Rows(uid, uid[:, None].astype(float), cluster, 1 - cluster[:, None], np.full(n + 2, "", object), x)
+    decisions = decide_rows(rows, DedupConfig(eps=0.05), Backend("cpu"))
+    keeper = dict(zip(decisions.uid.tolist(), decisions.keeper.tolist(), strict=True))
+    assert (keeper[0], keeper[1]) == (-1, 0)
+    if degrees == 17:
+        assert set(decisions.keeper[2:].tolist()) == {0}
+    else:
+        assert keeper[2] == -1
+        assert set(decisions.keeper[3:].tolist()) == {2}
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e-20, 1.0, 1e20, 1e30, 1e200])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_has_direction_says_what_unit_rows_finds(scale: float, dtype: type) -> None:
+    rng = np.random.default_rng(3)
+    with np.errstate(over="ignore", under="ignore"):
+        x = (rng.normal(size=(50, 8)) * scale).astype(dtype)
+    x[3], x[7, 2], x[9, 0] = 0, np.nan, np.inf
+    assert has_direction(x).tolist() == unit_rows(x)[1].tolist()
+
+
 @pytest.mark.parametrize("x", [np.empty((0, 16)), np.zeros((4, 16)), np.ones((1, 16))])
 def test_nothing_to_compare(x: np.ndarray) -> None:
     result = dedup_arrays(x, n_clusters=5, device="cpu")
@@ -300,9 +338,17 @@ def test_length_and_type_of_rows_do_not_matter() -> None:
     ("parameters", "message"),
     [
         ({"eps": 1.5}, r"eps=1.5 should be in \[0, 1\]"),
-        ({"n_clusters": 0}, "n_clusters=0 should be 'auto' or >= 1"),
+        ({"eps": "x"}, "eps='x' should be in"),
+        ({"eps_list": 0.1}, "eps_list=0.1 and keep_by"),
+        ({"keep_by": "width"}, "keep_by='width' should be sequences"),
+        ({"n_clusters": 0}, "n_clusters=0 should be 'auto' or a whole number >= 1"),
+        ({"n_clusters": None}, "n_clusters=None should be"),
+        ({"n_clusters": 2.5}, "n_clusters=2.5 should be"),
+        ({"n_clusters": True}, "n_clusters=True should be"),
+        ({"n_probe": 2.5}, "n_probe=2.5 should be a whole number"),
+        ({"random_state": 1.5}, "random_state=1.5 should be a whole number"),
         ({"n_clusters": "many"}, "n_clusters='many' should be"),
-        ({"n_probe": 0}, "n_probe=0 should be >= 1"),
+        ({"n_probe": 0}, "n_probe=0 should be a whole number >= 1"),
         ({"which_to_keep": "best"}, "which_to_keep='best' is none of hard, easy, random"),
         ({"keep_by": ["-width/height"]}, "keep_by: '-width/height' is not understood"),
         ({"keep_by": ["sharpness"]}, "keep_by needs the column 'sharpness'"),

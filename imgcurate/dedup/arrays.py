@@ -100,8 +100,8 @@ def dedup_arrays(
     similarity = np.full(n, np.nan, np.float32)
     if not len(index):
         return DedupResult(duplicate_of, similarity, cluster, np.empty((0, embeddings.shape[1]), np.float32))
-    sample = sample_order(uid[index], config.fit_rows(n), config.random_state)
-    clustering = fit_clustering(x[sample], config.clusters_for(n), config, backend)
+    sample = sample_order(uid[index], config.fit_rows(len(index)), config.random_state)
+    clustering = fit_clustering(x[sample], config.clusters_for(len(index)), config, backend)
     keep_columns = {c: np.asarray(given[c])[index] for c in config.keep_order.columns}
     names = np.full(len(index), "", object)
     rows = make_rows(x, uid[index], names, keep_columns, clustering, config, backend)
@@ -126,13 +126,20 @@ def _decide(rows: Rows, config: DedupConfig, backend: Backend) -> Decisions:
     crossed = choose(across(rows.at_home(kept), [rows.away(kept)], config, backend))
     orphaned = orphans_of(decisions, crossed)
     decisions = decisions.overridden(crossed)
-    if orphaned.any():
-        left = ~decisions.goes | orphaned
+    kept = ~decisions.goes
+    while orphaned.any():
+        # Orphans are not compared with each other at once: they may be many and all alike.
         pairs = [
-            across(rows.at_home(orphaned), [rows.at_home(left), rows.away(left)], config, backend),
-            across(rows.away(orphaned), [rows.at_home(left)], config, backend),
+            across(rows.at_home(orphaned), [rows.at_home(kept), rows.away(kept)], config, backend),
+            across(rows.away(orphaned), [rows.at_home(kept)], config, backend),
         ]
-        fixed = decisions.uid[~decisions.goes]
-        examined = choose(Pairs.concat(pairs, rows.keys.shape[1]), fixed)
-        decisions = decisions.overridden(Decisions.stay(rows.uid[orphaned])).overridden(examined)
+        taken = choose(Pairs.concat(pairs, rows.keys.shape[1]), rows.uid[kept])
+        decisions = decisions.overridden(Decisions.stay(rows.uid[orphaned])).overridden(taken)
+        left = rows.take(orphaned & ~np.isin(rows.uid, taken.uid))
+        led = within(left, config, backend)
+        leads = ~led.goes
+        crossed = choose(across(left.at_home(leads), [left.away(leads)], config, backend))
+        decisions = decisions.overridden(led).overridden(crossed)
+        orphaned = np.isin(rows.uid, left.uid[orphans_of(led, crossed)])
+        kept = np.isin(rows.uid, np.setdiff1d(left.uid[leads], crossed.uid[crossed.goes]))
     return decisions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -78,26 +79,30 @@ class DedupConfig:
     oversampling_factor: float = 2.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.eps_list, (str, float, int)) or isinstance(self.keep_by, str):
+            raise ConfigError(f"eps_list={self.eps_list!r} and keep_by={self.keep_by!r} should be sequences")
         for eps in (self.eps, *self.eps_list):
-            if not 0 <= eps <= 1:
-                raise ConfigError(f"eps={eps} should be in [0, 1]: duplicates have a cosine similarity >= 1 - eps")
+            if not _is_number(eps) or not 0 <= eps <= 1:
+                raise ConfigError(f"eps={eps!r} should be in [0, 1]: duplicates have a cosine similarity >= 1 - eps")
         if self.mode not in DEDUP_MODES:
             raise ConfigError(f"mode={self.mode!r} is none of {', '.join(DEDUP_MODES)}")
-        if self.n_clusters != "auto" and (isinstance(self.n_clusters, str) or self.n_clusters < 1):
-            raise ConfigError(f"n_clusters={self.n_clusters!r} should be 'auto' or >= 1")
+        if self.n_clusters != "auto" and (not _is_whole(self.n_clusters) or self.n_clusters < 1):
+            raise ConfigError(f"n_clusters={self.n_clusters!r} should be 'auto' or a whole number >= 1")
         for name in ("n_probe", "max_probe", "max_iter", "n_init"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} should be >= 1")
-        if self.fit_data_fraction is not None and not 0 < self.fit_data_fraction <= 1:
-            raise ConfigError(f"fit_data_fraction={self.fit_data_fraction} should be in (0, 1]")
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 1:
+                raise ConfigError(f"{name}={value!r} should be a whole number >= 1")
+        fraction = self.fit_data_fraction
+        if fraction is not None and (not _is_number(fraction) or not 0 < fraction <= 1):
+            raise ConfigError(f"fit_data_fraction={fraction!r} should be in (0, 1]")
         if self.init not in ("k-means++", "random"):
             raise ConfigError(f"init={self.init!r} is none of k-means++, random")
-        if not self.tol >= 0:
-            raise ConfigError(f"tol={self.tol} should be >= 0")
-        if not self.oversampling_factor > 0:
-            raise ConfigError(f"oversampling_factor={self.oversampling_factor} should be > 0")
-        if not 0 <= self.random_state < 2**32:
-            raise ConfigError(f"random_state={self.random_state} should be in [0, 2^32)")
+        if not _is_number(self.tol) or not self.tol >= 0:
+            raise ConfigError(f"tol={self.tol!r} should be >= 0")
+        if not _is_number(self.oversampling_factor) or not self.oversampling_factor > 0:
+            raise ConfigError(f"oversampling_factor={self.oversampling_factor!r} should be > 0")
+        if not _is_whole(self.random_state) or not 0 <= self.random_state < 2**32:
+            raise ConfigError(f"random_state={self.random_state!r} should be a whole number in [0, 2^32)")
         _ = self.keep_order
 
     @property
@@ -136,3 +141,11 @@ class DedupConfig:
         if self.fit_data_fraction is not None:
             return min(n_rows, max(n_clusters, math.ceil(n_rows * self.fit_data_fraction)))
         return min(n_rows, max(_FIT_ROWS_PER_CLUSTER * n_clusters, _MIN_FIT_ROWS))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.kmeans import Clustering, fit_clustering
 from imgcurate.dedup.names import sample_names, shard_names
 from imgcurate.dedup.passes import REFERENCE_BIT, Places, Rows
-from imgcurate.dedup.rows import make_rows, sample_mask, sample_order, unit_rows
+from imgcurate.dedup.rows import has_direction, make_rows, sample_mask, sample_order, unit_rows
 from imgcurate.errors import ConfigError
 from imgcurate.storage import StorageOptions, atomic_write, exists, join_url, make_folder, read_bytes
 
@@ -37,8 +38,6 @@ _BUCKETS: Final = 256
 _LIGHT_ROWS: Final = 4096
 REFERENCE_SHIFT: Final = 56
 """Below this bit lies a row's uid in its own reference set, above it the set's number."""
-
-_Ints = npt.NDArray[np.int64]
 
 
 class TaskRunner(Protocol):
@@ -132,9 +131,9 @@ class Scratch:
 class Exchange:
     """The rows of a catalog, and of reference sets, by bucket; picklable, so that tasks carry it.
 
-    Files in the scratch folder: ``sample/<part>`` (rows for k-means), ``centroids``, ``rows.json``,
-    ``names.json`` (of shards that share a stem), ``plan.json`` and ``exchange/<part>`` (unit rows with
-    cluster and preference, a batch per bucket).
+    Files in the scratch folder: ``sample/<part>`` (rows for k-means; also ``sample-again`` if some rows have no
+    direction), ``centroids``, ``rows.json``, ``valid.json``, ``names.json`` (of shards that share a stem),
+    ``plan.json`` and ``exchange/<part>`` (unit rows with cluster and preference, a batch per bucket).
     Parts of the reference sets are numbered on after those of the catalog.
 
     Attributes
@@ -168,7 +167,7 @@ class Exchange:
 
     def prepare(self, run_tasks: TaskRunner) -> None:
         """Bring all rows to their buckets."""
-        self.scratch.make("sample", "exchange")
+        self.scratch.make("sample", "sample-again", "exchange")
         counts = run_tasks("count", self._count, range(self.n_parts), light=True)
         n_rows = sum(c["rows"] for c in counts.values())
         own = sum(counts[n]["rows"] for n in range(self.catalog.n_parts))
@@ -178,7 +177,13 @@ class Exchange:
             self.scratch.write_json("plan", {"starts": []})
             return
         light = n_rows <= _LIGHT_ROWS * self.n_parts
-        run_tasks("sample", self._sample, range(self.n_parts), light=light)
+        sample = partial(self._sample, n_rows=n_rows, folder="sample")
+        n_valid = sum(c["valid"] for c in run_tasks("sample", sample, range(self.n_parts), light=light).values())
+        self.scratch.write_json("valid", {"rows": n_valid})
+        if n_valid < n_rows:
+            # A share of all was drawn: of those that have a direction it may be too few.
+            again = partial(self._sample, n_rows=n_valid, folder="sample-again")
+            run_tasks("sample again", again, range(self.n_parts), light=light)
         run_tasks("cluster", self._fit, [0])
         run_tasks("assign", self._assign, range(self.n_parts), light=light)
 
@@ -210,19 +215,15 @@ class Exchange:
             part -= catalog.n_parts
         raise IndexError(part)
 
-    def _taking_part(
-        self, part: int, columns: Sequence[str], draw: Callable[[_Ints], npt.NDArray[np.bool_]] | None = None
-    ) -> tuple[pa.Table, _Ints]:
-        """Return the rows that are ok and have an embedding, of these the drawn ones, and their uids."""
+    def _taking_part(self, part: int, columns: Sequence[str]) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+        """Return the rows that are ok and have an embedding, and their uids."""
         catalog, number, bits = self._source(part)
         table = catalog.read(number, list(dict.fromkeys([schema.UID, schema.STATUS, schema.EMBEDDING, *columns])))
-        uid = table[schema.UID].to_numpy() | bits
         takes = pc.and_(pc.equal(table[schema.STATUS], schema.STATUS_OK), pc.is_valid(table[schema.EMBEDDING]))
-        mask = takes.to_numpy()
-        if draw is not None:
-            mask &= draw(uid)
         # A copy of all embeddings is worth avoiding.
-        return (table, uid) if mask.all() else (table.filter(pa.array(mask)), uid[mask])
+        if not pc.all(takes).as_py():
+            table = table.filter(takes)
+        return table, table[schema.UID].to_numpy() | bits
 
     def _count(self, part: int) -> dict[str, Any]:
         catalog, number, _ = self._source(part)
@@ -230,25 +231,29 @@ class Exchange:
         rows = pc.sum(pc.equal(table[schema.STATUS], schema.STATUS_OK)).as_py() or 0
         return {"rows": rows, "shards": pc.unique(table[schema.SHARD]).to_pylist()}
 
-    def _sample(self, part: int) -> dict[str, Any]:
-        name = f"sample/{part:05d}"
+    def _sample(self, part: int, n_rows: int, folder: str) -> dict[str, Any]:
+        name = f"{folder}/{part:05d}"
         if not self.scratch.has(name):
-            n_rows = self.n_rows
+            table, uid = self._taking_part(part, [])
+            x = _matrix(table)
+            valid = has_direction(x)
             fit_rows, seed = self.config.fit_rows(n_rows), self.config.random_state
-            table, uid = self._taking_part(part, [], lambda uid: sample_mask(uid, n_rows, fit_rows, seed))
-            x, valid = unit_rows(_matrix(table))
-            self.scratch.write(name, [_batch(uid[valid], x[valid])])
-        return {}
+            drawn = valid & sample_mask(uid, n_rows, fit_rows, seed)
+            self.scratch.write_json(name, {"valid": int(valid.sum())})
+            self.scratch.write(name, [_batch(uid[drawn], unit_rows(x[drawn])[0])])
+        counted: dict[str, Any] = self.scratch.read_json(name)
+        return counted
 
     def _fit(self, number: int) -> dict[str, Any]:
         del number
         if self.scratch.has("centroids"):
             return {}
-        batches = [b for b in (self.scratch.read(f"sample/{i:05d}") for i in range(self.n_parts)) if len(b)]
+        n_rows = int(self.scratch.read_json("valid")["rows"])
+        folder = "sample" if n_rows == self.n_rows else "sample-again"
+        batches = [b for b in (self.scratch.read(f"{folder}/{i:05d}") for i in range(self.n_parts)) if len(b)]
         dims = sorted({b.schema.field("x").type.list_size for b in batches})
         if len(dims) > 1:
             raise ConfigError(f"embeddings of {' and '.join(map(str, dims))} values cannot be compared")
-        n_rows = self.n_rows
         if not batches:
             self.scratch.write_json("plan", {"starts": []})
             self.scratch.write("centroids", [_batch(np.empty(0, np.int64), np.empty((0, 1), np.float32))])
@@ -256,8 +261,7 @@ class Exchange:
         uid = np.concatenate([b["uid"].to_numpy() for b in batches])
         x = np.concatenate([_matrix_of(b) for b in batches])
         sample = sample_order(uid, self.config.fit_rows(n_rows), self.config.random_state)
-        n_clusters = min(self.config.clusters_for(n_rows), len(sample))
-        clustering = fit_clustering(x[sample], n_clusters, self.config, get_backend(self.device))
+        clustering = fit_clustering(x[sample], self.config.clusters_for(n_rows), self.config, get_backend(self.device))
         centroids = clustering.centroids
         starts = self._bucket_starts(n_rows, *centroids.shape)
         self.scratch.write_json("plan", {"starts": starts, "dimensions": clustering.dimensions})

@@ -61,7 +61,7 @@ def fit_clustering(x: Floats, n_clusters: int, config: DedupConfig, backend: Bac
     trace, square = np.trace(product), float((product * product).sum())
     # Whole, so that rounding, which depends on threads, does not show.
     dimensions = round(trace * trace / square) if square > 0 else 1
-    return Clustering(fit_centroids(x, n_clusters, config, backend), max(1, dimensions))
+    return Clustering(fit_centroids(x, min(n_clusters, len(x)), config, backend), max(1, dimensions))
 
 
 def fit_centroids(x: Floats, n_clusters: int, config: DedupConfig, backend: Backend) -> Floats:

@@ -4,7 +4,8 @@
 2. *Across*: the rows that stay are compared with those that stay in their other probed clusters. Of
    each near pair the less preferred one goes, unless what it would go for has gone itself.
 3. *Orphans*: rows that went in 1 for a row that went in 2 are compared with what is left in all
-   their clusters. They go for one of these, or come back.
+   their clusters, and go for the nearest of these. Among those that nothing is near to, 1 and 2 decide, until no
+   more are orphaned: some come back, the others go for one of them.
 
 So a row that goes always names a row that stays, and no two rows that stay and were compared are near.
 """

@@ -14,7 +14,7 @@ from imgcurate.dedup.keep import hash_uids
 from imgcurate.dedup.kmeans import Clustering, find_probes
 from imgcurate.dedup.passes import Rows
 
-__all__ = ["make_rows", "sample_mask", "sample_order", "unit_rows"]
+__all__ = ["has_direction", "make_rows", "sample_mask", "sample_order", "unit_rows"]
 
 _NORM_ROWS: Final = 8192
 
@@ -55,6 +55,18 @@ def _scaled(rows: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt
     largest = np.abs(rows).max(axis=1, initial=0)
     rows /= np.where(largest > 0, largest, 1)[:, None]
     return rows, np.sqrt((rows**2).sum(axis=1))
+
+
+def has_direction(x: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return the mask of the rows that :func:`unit_rows` finds valid, in a fraction of its time."""
+    out = np.ones(len(x), dtype=bool)
+    for start in range(0, len(x), _NORM_ROWS):
+        block = x[start : start + _NORM_ROWS]
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            square = np.einsum("ij,ij->i", block, block)
+        odd = np.flatnonzero(~(np.isfinite(square) & (square > np.finfo(square.dtype).tiny)))
+        out[start + odd] = unit_rows(block[odd])[1]
+    return out
 
 
 def sample_mask(uid: npt.NDArray[np.int64], n_rows: int, fit_rows: int, seed: int) -> npt.NDArray[np.bool_]:
