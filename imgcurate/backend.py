@@ -102,6 +102,15 @@ class Backend:
             array = array.get()
         return np.asarray(array)
 
+    @property
+    def product_dtype(self) -> npt.DTypeLike:
+        """Type of values whose products only pick candidates: half precision on a GPU, which sums in float32."""
+        return np.float16 if self.is_gpu else np.float32
+
+    def product_operand(self, array: Any) -> Any:
+        """Return an array on the device as :attr:`product_dtype`."""
+        return self.asarray(array).astype(self.product_dtype, copy=False)
+
     def asarray(self, array: npt.NDArray[Any]) -> Any:
         """Return a host array as an array of :attr:`xp`; no copy on the CPU."""
         return self.xp.asarray(array)

@@ -83,6 +83,27 @@ def test_near_pairs_finds_exactly_the_near_pairs(backend: Backend, monkeypatch: 
     np.testing.assert_allclose(similarity, exact[i, j], atol=1e-12)
 
 
+def test_products_in_half_precision_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = groups(60, 8, seed=4)
+    single = [*greedy_keep(x, 0.93, Backend("cpu")), *near_pairs(x, x[::2], 0.93, Backend("cpu"))]
+    monkeypatch.setattr(Backend, "product_dtype", np.float16)
+    half = [*greedy_keep(x, 0.93, Backend("cpu")), *near_pairs(x, x[::2], 0.93, Backend("cpu"))]
+    for a, b in zip(single, half, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (single[0] >= 0).sum() > 100
+
+
+@pytest.mark.parametrize("dim", [1, 3, 64, 512])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_product_error_bounds_what_rounding_does(dim: int, dtype: type) -> None:
+    rng = np.random.default_rng(dim)
+    a = unit(rng.normal(size=(300, dim)) * 10.0 ** rng.integers(-6, 1, (300, dim)))
+    b = unit(a + 0.1 * rng.normal(size=(300, dim)))
+    exact = (a.astype(np.float64) * b).sum(axis=1)
+    rounded = (a.astype(dtype).astype(np.float32) * b.astype(dtype).astype(np.float32)).sum(axis=1).astype(dtype)
+    assert np.abs(exact - rounded).max() <= similarity_module.product_error(dim, dtype)
+
+
 def test_assign_gives_the_nearest_centroids_in_any_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     x, centroids = groups(50, 8), groups(9, 1, seed=1)
     labels, similarity = assign(x, centroids, 3, backend)

@@ -1,11 +1,13 @@
 """The kernels: cosine similarities of unit rows, as blocked matrix products.
 
-Products in float32 pick the candidates; each pair near the threshold is decided again in float64, so
-that the outcome does not depend on block sizes, threads or the device's order of summation.
+Products in float32, or of half-precision values where a GPU's tensor cores take these, pick the candidates; each pair
+that may reach the threshold is decided in float64, so that the outcome does not depend on block sizes, threads,
+precision or the device's order of summation.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy.typing as npt
 
 from imgcurate.backend import Backend
 
-__all__ = ["exact_similarity", "greedy_keep", "near_pairs", "remove_chains", "rounding_error"]
+__all__ = ["exact_similarity", "greedy_keep", "near_pairs", "product_error", "remove_chains", "rounding_error"]
 
 _BLOCK_ROWS: Final = 512
 _SLICE_ROWS: Final = 16_384
@@ -31,6 +33,17 @@ def rounding_error(dim: int) -> float:
     Higham: Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1.
     """
     return max(dim, 16) * 2.0**-24
+
+
+def product_error(dim: int, dtype: npt.DTypeLike) -> float:
+    """Return the largest error of an inner product of two unit rows that are rounded to `dtype`, sums being float32.
+
+    Half precision rounds each value, and the result, by 2^-11 of itself, and what is nearly 0 by 2^-25.
+    """
+    if np.dtype(dtype) != np.float16:
+        return rounding_error(dim)
+    unit = 2.0**-11
+    return rounding_error(dim) + 3 * unit + unit * unit + 2.0**-24 * math.sqrt(dim)
 
 
 def exact_similarity(a: Floats, b: Floats, i: npt.NDArray[Any], j: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -139,14 +152,14 @@ class _KeptRows:
             used = self._n % _SLICE_ROWS
             if used == 0:
                 size = min(_SLICE_ROWS, len(self._x) - self._n)
-                self._slices.append(self._backend.xp.empty((size, self._x.shape[1]), np.float32))
+                self._slices.append(self._backend.xp.empty((size, self._x.shape[1]), self._backend.product_dtype))
             now, rows = rows[: _SLICE_ROWS - used], rows[_SLICE_ROWS - used :]
             self._slices[-1][used : used + len(now)] = self._backend.asarray(self._x[now])
             self._n += len(now)
 
     def candidates(self, block: Floats, threshold: float) -> tuple[Ints, Ints]:
         """Return (row of the block, kept row) of all pairs that may reach the threshold."""
-        on_device = self._backend.asarray(block)
+        on_device = self._backend.product_operand(block)
         found_i, found_j = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for k, part in enumerate(self._slices):
             start = k * _SLICE_ROWS
@@ -157,7 +170,8 @@ class _KeptRows:
 
 
 def _nonzero(products: Any, threshold: float, dim: int, backend: Backend) -> tuple[Ints, Ints]:
-    i, j = backend.xp.nonzero(products >= np.float32(threshold - rounding_error(dim)))
+    lowest = np.float32(threshold - product_error(dim, backend.product_dtype))
+    i, j = backend.xp.nonzero(products >= lowest)
     return backend.to_host(i).astype(np.int64), backend.to_host(j).astype(np.int64)
 
 
@@ -187,7 +201,7 @@ def _within_block(
     backend: Backend,
 ) -> None:
     """Compare the rows of a block with those of them that stay; `keeper` and `similarity` begin with the block."""
-    on_device = backend.asarray(block)
+    on_device = backend.product_operand(block)
     i, j = _nonzero(backend.xp.triu(on_device @ on_device.T, 1), threshold, block.shape[1], backend)
     later = j > i
     i, j = i[later], j[later]
@@ -214,9 +228,9 @@ def near_pairs(a: Floats, b: Floats, threshold: float, backend: Backend) -> tupl
     """
     found: list[tuple[Ints, Ints]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     for left in range(0, len(a), _BLOCK_ROWS):
-        on_device = backend.asarray(a[left : left + _BLOCK_ROWS])
+        on_device = backend.product_operand(a[left : left + _BLOCK_ROWS])
         for right in range(0, len(b), _SLICE_ROWS):
-            part = backend.asarray(b[right : right + _SLICE_ROWS])
+            part = backend.product_operand(b[right : right + _SLICE_ROWS])
             i, j = _nonzero(on_device @ part.T, threshold, a.shape[1], backend)
             found.append((left + i, right + j))
     i, j = (np.concatenate(c) for c in zip(*found, strict=True))
