@@ -16,12 +16,12 @@ Only this module and :mod:`imgcurate.cluster` import cudf, cupy, cuml or dask_cu
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "gpu"]
+_GPU_DEVICES: Final = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/dev/nvgpu")
 DEVICES: Final = ("auto", "cpu", "gpu")
 _INIT_ROWS_PER_CLUSTER: Final = 8
 # torch's allocator on the CPU, cuBLAS and cuDNN have no exception of their own for this.
@@ -291,10 +292,9 @@ def array_from_list_column(series: Any) -> Any:
 @functools.cache
 def why_no_gpu() -> str | None:
     """Return why this process cannot use a GPU, in words; None if it can."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "there is no NVIDIA driver (libcuda.so.1 cannot be loaded)"
+    if sys.platform == "linux" and not any(map(os.path.exists, _GPU_DEVICES)):
+        # Importing torch takes seconds.
+        return "there is no NVIDIA driver (no /dev/nvidiactl)"
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             return "this torch is built without CUDA"

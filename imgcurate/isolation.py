@@ -278,6 +278,8 @@ def _keep() -> None:
     if first is None:
         return
     settings = first[0]
+    # What every decoder needs is imported before any is forked, and within the time that a start may take.
+    _ = torch.__version__
     send(replies, {"ready": True}, [])
     fork: _Fork | None = None
     while (request := receive(requests)) is not None:

@@ -86,7 +86,7 @@ def test_a_stage_of_ones_own_is_named_by_its_import_path(tmp_path: Path) -> None
             "inputs: x\nstages:\n  - SemanticDedupStage:\n    eps: 0.1",
             r"parameters indented under it, not .*SemanticDedupStage",
         ),
-        ("inputs: x\nstages: [{SemanticDedupStage: {eps: '0.1'}}]", r"SemanticDedupStage\(eps='0.1'\): "),
+        ("inputs: x\nstages: [{SemanticDedupStage: {eps: '0.1'}}]", "SemanticDedupStage: eps='0.1' should be in"),
         ("inputs: x\nstages: [FilePartitioningStage]", "what is read is said by 'inputs'"),
         ("inputs: x\ninputs: y\nstages: [ImageReaderStage]", "the key 'inputs' stands twice"),
         ("- a\n- b", "should be a mapping with 'inputs' and 'stages', not list"),

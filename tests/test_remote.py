@@ -91,8 +91,8 @@ def test_a_second_reader_fetches_nothing_again(serve: Callable[..., Server], dat
     server = serve(ranges=ranges)
     for _ in range(3):
         assert read_all(f"{server.url}/x.bin") == data
-    # A body that was not asked for is cut off, when some of it is on its way.
-    assert SIZE <= server.sent_bytes <= 1.5 * SIZE
+    # A body that was not asked for is cut off when some of it is on its way, more where the machine is slow.
+    assert SIZE <= server.sent_bytes <= 2 * SIZE
     assert len(server.log) <= 3 + 6
 
 
