@@ -22,7 +22,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import dask.dataframe as dd
 import pyarrow as pa
@@ -290,6 +290,7 @@ class Catalog:
     n_parts: int
     phases: tuple[str, ...] = ()
     storage_options: StorageOptions | None = None
+    identity: ClassVar[str] = "uid"
 
     @property
     def parts_folder(self) -> str:

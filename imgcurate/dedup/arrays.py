@@ -104,7 +104,7 @@ def dedup_arrays(
     clustering = fit_clustering(x[sample], config.clusters_for(len(index)), config, backend)
     keep_columns = {c: np.asarray(given[c])[index] for c in config.keep_order.columns}
     names = np.full(len(index), "", object)
-    rows = make_rows(x, uid[index], names, keep_columns, clustering, config, backend)
+    rows = make_rows(x, uid[index], uid[index], names, keep_columns, clustering, config, backend)
     decisions = _decide(rows, config, backend)
     order = np.argsort(uid)
 

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -70,6 +71,11 @@ class RowParts(Protocol):
     @property
     def storage_options(self) -> StorageOptions | None:
         """Passed to fsspec for the scratch folder."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What tells rows apart where order decides: ``"uid"``, or their key, as a ``"number"`` or a ``"hash"``."""
         ...
 
     @property
@@ -225,6 +231,18 @@ class Exchange:
             table = table.filter(takes)
         return table, table[schema.UID].to_numpy() | bits
 
+    def _identity(self, part: int, table: pa.Table, uid: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        kind = self._source(part)[0].identity
+        if kind == "uid":
+            return uid
+        if kind == "number":
+            numbers: npt.NDArray[np.int64] = table[schema.KEY].cast(pa.int64()).to_numpy()
+            return numbers
+        keys = table[schema.KEY].to_numpy(zero_copy_only=False)
+        hashes: npt.NDArray[np.uint64] = pd.util.hash_array(keys, categorize=False)
+        # As many bits as a float64 holds, so that all of them count.
+        return (hashes >> np.uint64(11)).astype(np.int64)
+
     def _count(self, part: int) -> dict[str, Any]:
         catalog, number, _ = self._source(part)
         table = catalog.read(number, [schema.STATUS, schema.SHARD])
@@ -234,13 +252,14 @@ class Exchange:
     def _sample(self, part: int, n_rows: int, folder: str) -> dict[str, Any]:
         name = f"{folder}/{part:05d}"
         if not self.scratch.has(name):
-            table, uid = self._taking_part(part, [])
+            table, uid = self._taking_part(part, [schema.KEY])
+            identity = self._identity(part, table, uid)
             x = _matrix(table)
             valid = has_direction(x)
             fit_rows, seed = self.config.fit_rows(n_rows), self.config.random_state
-            drawn = valid & sample_mask(uid, n_rows, fit_rows, seed)
+            drawn = valid & sample_mask(identity, n_rows, fit_rows, seed)
             self.scratch.write_json(name, {"valid": int(valid.sum())})
-            self.scratch.write(name, [_batch(uid[drawn], unit_rows(x[drawn])[0])])
+            self.scratch.write(name, [_batch(identity[drawn], unit_rows(x[drawn])[0])])
         counted: dict[str, Any] = self.scratch.read_json(name)
         return counted
 
@@ -258,9 +277,9 @@ class Exchange:
             self.scratch.write_json("plan", {"starts": []})
             self.scratch.write("centroids", [_batch(np.empty(0, np.int64), np.empty((0, 1), np.float32))])
             return {}
-        uid = np.concatenate([b["uid"].to_numpy() for b in batches])
+        identity = np.concatenate([b["uid"].to_numpy() for b in batches])
         x = np.concatenate([_matrix_of(b) for b in batches])
-        sample = sample_order(uid, self.config.fit_rows(n_rows), self.config.random_state)
+        sample = sample_order(identity, self.config.fit_rows(n_rows), self.config.random_state)
         clustering = fit_clustering(x[sample], self.config.clusters_for(n_rows), self.config, get_backend(self.device))
         centroids = clustering.centroids
         starts = self._bucket_starts(n_rows, *centroids.shape)
@@ -290,7 +309,8 @@ class Exchange:
         # What stays in any case needs no preference.
         values = {c: np.zeros(len(uid)) if is_reference else numeric_column(table, c) for c in columns}
         names = sample_names(table, self.scratch.read_json("names"))
-        rows = make_rows(x, uid, names, values, clustering, self.config, get_backend(self.device))
+        identity = self._identity(part, table, uid)
+        rows = make_rows(x, uid, identity, names, values, clustering, self.config, get_backend(self.device))
         self.scratch.write(name, self.by_bucket(rows.at_home()))
         return {}
 

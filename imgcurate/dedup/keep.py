@@ -23,7 +23,7 @@ class KeepOrder:
     Attributes
     ----------
     which_to_keep : {"hard", "easy", "random"}
-        Prefer low similarity to the sample's centroid, high similarity, or a hash of the uid.
+        Prefer low similarity to the sample's centroid, high similarity, or a hash of the identity.
     keep_by : tuple of str
         Numeric columns that are looked at first. Each entry is a column, or columns joined by ``*``;
         smaller values are preferred, with a leading ``-`` larger ones. ``("-width*height",
@@ -63,11 +63,11 @@ class KeepOrder:
     @property
     def n_keys(self) -> int:
         """Number of columns of :meth:`keys`."""
-        return len(self.keep_by) + 1
+        return len(self.keep_by) + 2
 
     def keys(
         self,
-        uid: npt.NDArray[np.int64],
+        identity: npt.NDArray[np.int64],
         centroid_similarity: npt.NDArray[np.float64],
         columns: Mapping[str, npt.NDArray[Any]],
     ) -> npt.NDArray[np.float64]:
@@ -75,8 +75,8 @@ class KeepOrder:
 
         Parameters
         ----------
-        uid : ndarray of int64 of shape (n,)
-            The samples.
+        identity : ndarray of int64 of shape (n,)
+            What tells the samples apart: their uids, or hashes of their names.
         centroid_similarity : ndarray of float64 of shape (n,)
             Cosine similarity to the nearest centroid.
         columns : mapping of str to ndarray of shape (n,)
@@ -85,18 +85,19 @@ class KeepOrder:
         Returns
         -------
         ndarray of float64 of shape (n, n_keys)
-            Without NaN. Equal rows are told apart by uid.
+            Without NaN. Equal rows, whose identities are equal up to rounding, are told apart by uid.
         """
-        keys = np.empty((len(uid), self.n_keys))
+        keys = np.empty((len(identity), self.n_keys))
         for i, entry in enumerate(self.keep_by):
-            value = np.ones(len(uid))
+            value = np.ones(len(identity))
             for name in entry.removeprefix("-").split("*"):
                 value = value * np.asarray(columns[name.strip()], dtype=np.float64)
             keys[:, i] = np.where(np.isnan(value), np.inf, -value if entry.startswith("-") else value)
         if self.which_to_keep == "random":
-            keys[:, -1] = hash_uids(uid, self.random_state) / 2.0**64
+            keys[:, -2] = hash_uids(identity, self.random_state) / 2.0**64
         else:
-            keys[:, -1] = centroid_similarity if self.which_to_keep == "hard" else -centroid_similarity
+            keys[:, -2] = centroid_similarity if self.which_to_keep == "hard" else -centroid_similarity
+        keys[:, -1] = identity
         return keys
 
 

@@ -89,6 +89,7 @@ def sample_order(uid: npt.NDArray[np.int64], fit_rows: int, seed: int) -> npt.ND
 def make_rows(
     x: npt.NDArray[np.float32],
     uid: npt.NDArray[np.int64],
+    identity: npt.NDArray[np.int64],
     name: npt.NDArray[Any],
     columns: Mapping[str, npt.NDArray[Any]],
     clustering: Clustering,
@@ -101,8 +102,9 @@ def make_rows(
     ----------
     x : ndarray of float32 of shape (n, d)
         Unit rows.
-    uid, name, columns
-        Their identity, name and the columns of ``config.keep_order``.
+    uid, identity, name, columns
+        Their numbers, what tells them apart (see :meth:`KeepOrder.keys`), names and the columns of
+        ``config.keep_order``.
     clustering : Clustering
         The clusters.
     config : DedupConfig
@@ -111,5 +113,5 @@ def make_rows(
         Where.
     """
     cluster, similarity, probes = find_probes(x, clustering, config, backend)
-    keys = config.keep_order.keys(uid, similarity, columns)
+    keys = config.keep_order.keys(identity, similarity, columns)
     return Rows(uid, keys, cluster, probes, name, x)

@@ -110,6 +110,11 @@ class VectorFiles:
     storage_options: StorageOptions | None = None
 
     @property
+    def identity(self) -> str:
+        """Rows are known by their ids, in whatever order they come."""
+        return "number" if pa.types.is_integer(self.id_type) and self.id_type != pa.uint64() else "hash"
+
+    @property
     def n_parts(self) -> int:
         """Number of parts."""
         return len(self.parts)
