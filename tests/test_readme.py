@@ -97,7 +97,7 @@ def test_stage_example(folder: Path) -> None:
 
 def test_frame_example_keeps_the_same_samples(folder: Path) -> None:
     (code,) = (c for c in code_blocks() if "read_webdataset" in c)
-    out = run_example(folder, code.replace("OUT/shards", "OUT2/shards"))
+    out = run_example(folder, code)
     catalog = pq.read_table(folder / "OUT" / "catalog").to_pandas()
     uids = pq.read_table(folder / "OUT2" / "shards" / "00000.parquet")["uid"].to_pylist()
     assert uids == sorted(catalog.uid[catalog.status == "ok"])
