@@ -107,10 +107,16 @@ def _closing(resource: Any) -> Iterator[Any]:
     try:
         yield resource
     finally:
+        # What the event loop could not await any more is no news to who interrupts a run.
+        callbacks = logging.getLogger("tornado.application")
+        level = callbacks.level
+        callbacks.setLevel(logging.CRITICAL)
         try:
             resource.close()
         except (TimeoutError, OSError, RuntimeError) as exc:
             logger.info("closing %s: %r", type(resource).__name__, exc)
+        finally:
+            callbacks.setLevel(level)
 
 
 def _check_main_guard() -> None:
