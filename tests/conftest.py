@@ -18,17 +18,6 @@ from imgcurate.backend import Backend, get_backend, why_no_gpu
 
 Samples = Sequence[tuple[str, Mapping[str, bytes]]]
 
-# A process takes a file at a time: the long ones come first, so that none is left over for the end.
-LONG = (
-    "test_scripts test_readme test_failed_partitions test_chaos test_failures test_isolation test_hardening test_nodes "
-    "test_benchmarks test_real_data test_dedup_embeddings test_verify test_refilter test_encoders test_pipeline"
-).split()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take long first."""
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
