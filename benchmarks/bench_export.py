@@ -11,18 +11,16 @@ Claimed: 0.7 of `cp`.
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
-import tarfile
 import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import Case, argument_parser, compare
+from harness import Case, argument_parser, compare, write_tar
 
 from imgcurate import FilePartitioningStage, ImageReaderStage, Pipeline
 from imgcurate.catalog import Catalog
@@ -62,12 +60,13 @@ def make_shards(folder: Path, n_shards: int, samples: int) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for shard in range(n_shards):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(samples):
-                for ext, size in (("jpg", int(rng.integers(8000, 2 * MEAN_BYTES - 8000))), ("txt", 60)):
-                    info = tarfile.TarInfo(f"{shard:05d}{i:05d}.{ext}")
-                    info.size = size
-                    tar.addfile(info, io.BytesIO(b"\xff\xd8\xff\xe0" + rng.bytes(size - 4)))
+        sizes = rng.integers(8000, 2 * MEAN_BYTES - 8000, samples).tolist()
+        members = (
+            (f"{shard:05d}{i:05d}.{ext}", b"\xff\xd8\xff\xe0" + rng.bytes(n - 4))
+            for i, size in enumerate(sizes)
+            for ext, n in (("jpg", size), ("txt", 60))
+        )
+        write_tar(folder / f"{shard:05d}.tar", members)
 
 
 def export(catalog: Catalog, kept: list[int], out: Path) -> Path:

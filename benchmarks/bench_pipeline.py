@@ -12,10 +12,8 @@ Claimed: 0.90 of the bound. Weights are random: they cost what real ones cost.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 from bench_decode import generated, photos
 from distributed import Client
-from harness import Case, argument_parser, compare
+from harness import Case, argument_parser, compare, write_tar
 
 from imgcurate import FilePartitioningStage, ImageEmbeddingStage, ImageReaderStage, ImageWriterStage, Pipeline
 from imgcurate.backend import Backend, cpu_count, get_backend
@@ -94,11 +92,7 @@ def write_shards(folder: Path, blobs: list[bytes], samples: int) -> list[Path]:
     paths = []
     for start in range(0, len(blobs), samples):
         paths.append(folder / f"{start // samples:05d}.tar")
-        with tarfile.open(paths[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i, blob in enumerate(blobs[start : start + samples], start):
-                info = tarfile.TarInfo(f"{i:08d}.jpg")
-                info.size = len(blob)
-                tar.addfile(info, io.BytesIO(blob))
+        write_tar(paths[-1], ((f"{i:08d}.jpg", b) for i, b in enumerate(blobs[start : start + samples], start)))
     return paths
 
 

@@ -19,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from bench_dedup import planted
-from harness import argument_parser, environment
+from harness import argument_parser, environment, write_tar
 from PIL import Image
 
 from imgcurate import (
@@ -126,15 +125,15 @@ def finished_run(folder: Path, rows: int, workers: int) -> Path:
 
 def write_shard(path: Path, shard: int) -> None:
     rng = np.random.default_rng(shard)
-    with tarfile.open(path.with_suffix(".tmp"), "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i in range(SHARD_ROWS):
-            out = io.BytesIO()
-            pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC).save(out, "JPEG", quality=80)
-            info = tarfile.TarInfo(f"{shard:05d}{i:04d}.jpg")
-            info.size = out.tell()
-            tar.addfile(info, io.BytesIO(out.getvalue()))
+    write_tar(path.with_suffix(".tmp"), ((f"{shard:05d}{i:04d}.jpg", jpeg(rng)) for i in range(SHARD_ROWS)))
     path.with_suffix(".tmp").rename(path)
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    out = io.BytesIO()
+    pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC).save(out, "JPEG", quality=80)
+    return out.getvalue()
 
 
 def measure(run: Path, scratch: Path, workers: int) -> dict[str, Any]:

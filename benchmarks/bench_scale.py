@@ -11,11 +11,9 @@ shards, for the growth is what it is for.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-import tarfile
 import tempfile
 import threading
 import time
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from harness import argument_parser, environment
+from harness import argument_parser, environment, write_tar
 
 from imgcurate import FilePartitioningStage, ImageReaderStage, ImageWriterStage, Pipeline, ProcessingStage
 from imgcurate.cluster import open_client
@@ -72,19 +70,13 @@ def main() -> int:
 def make_shards(folder: Path, n: int) -> None:
     """Make n tars of two samples each; they share their bytes on disk."""
     folder.mkdir()
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key in "ab":
-            for ext, data in (("jpg", b"\xff\xd8\xff\xe0" + bytes(96)), ("txt", b"a caption")):
-                info = tarfile.TarInfo(f"{key}.{ext}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    image, caption = b"\xff\xd8\xff\xe0" + bytes(96), b"a caption"
     for i in range(n):
         path = folder / f"{i:07d}.tar"
         if i % _LINKS:
             os.link(folder / f"{i - i % _LINKS:07d}.tar", path)
         else:
-            path.write_bytes(content.getvalue())
+            write_tar(path, [("a.jpg", image), ("a.txt", caption), ("b.jpg", image), ("b.txt", caption)])
 
 
 def measure(scratch: Path, n: int, workers: int, files_per_partition: int | None) -> dict[str, Any]:

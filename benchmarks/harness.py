@@ -26,15 +26,17 @@ import contextlib
 import datetime as dt
 import gc
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import resource
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -42,7 +44,7 @@ from typing import Any, Final
 import numpy as np
 import psutil
 
-__all__ = ["Case", "CountError", "argument_parser", "compare", "environment"]
+__all__ = ["Case", "CountError", "argument_parser", "compare", "environment", "write_tar"]
 
 _CHILDREN_EVERY_S: Final = 0.2
 _MIN_REPEATS: Final = 5
@@ -257,6 +259,15 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write a ustar archive of (name, data)."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
 
 @contextlib.contextmanager

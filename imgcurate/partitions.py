@@ -46,13 +46,13 @@ class Partitions:
             Size of each input in bytes; None where that is not known.
         files_per_partition : int, optional
             Inputs of a part; the last one of an increment may have fewer. By default each is a part of its own, but
-            where there are many tiny ones, neighbours share one, up to 8 MiB and 64 files.
+            tiny neighbours share one, up to 8 MiB, 64 files and a 64th of the files of the increment.
         increments : sequence of int, optional
             Inputs in all each time that a run began or grew; no part holds inputs of two of them.
         """
         starts: list[int] = []
         begin = 0
-        for end in increments or [len(nbytes)]:
+        for end in [*increments, len(nbytes)]:
             if files_per_partition is None:
                 starts += _by_size(nbytes, begin, end)
             else:

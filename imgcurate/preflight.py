@@ -55,7 +55,7 @@ _OTHERS: Final[Mapping[str, tuple[str, ...]]] = {
 _PACKAGES: Final = tuple(p for names in ({**_DECIDING, **_OTHERS}).values() for p in names)
 # It does no work, but reads the graph, which names functions of imgcurate.
 _ON_SCHEDULER: Final = ("python", "imgcurate", "dask", "distributed")
-_THERE_ON_SCHEDULER: Final = ("numpy", "pandas", "pyarrow", "torch", "pillow")
+_THERE_ON_SCHEDULER: Final = ("numpy", "pandas", "pyarrow", "pillow")
 # A client may do without what only workers compute with.
 _WORKERS_ALONE: Final = frozenset({"DALI", "cudf", "cuml", "cupy"})
 

@@ -78,7 +78,7 @@ def dedup_arrays(
 
     Notes
     -----
-    Memory is about that of the embeddings as float32, beside these.
+    Memory is about twice that of the embeddings as float32, beside these.
     """
     config = config or DedupConfig(**parameters)
     embeddings = np.asarray(embeddings)

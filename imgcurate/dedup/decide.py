@@ -1,7 +1,8 @@
 """Buckets -> decisions, for one threshold: the three passes as tasks on a cluster.
 
 Orphans may be orphaned again, by one of their own, so there are turns: turn 0 decides about all rows, each turn after
-it about the orphans of the one before that nothing which stayed is near to. There are as good as never more than two.
+it about the orphans of the one before that nothing which stayed is near to. More than two are rare, even where rows
+vary in few directions.
 
 ==============================  ===========  ==================================================
 file in the folder              a batch per  holds

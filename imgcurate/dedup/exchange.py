@@ -156,7 +156,7 @@ class Exchange:
         Where the workers compute.
     bucket_bytes : int, optional
         Bytes of embeddings in a bucket; a single cluster may be larger. By default a 256th of all,
-        but at least 128 MiB and at most 1 GiB. A task needs about three times as much.
+        but at least 128 MiB and at most 1 GiB. A task needs about four times as much.
     """
 
     catalog: RowParts
@@ -240,8 +240,7 @@ class Exchange:
             return numbers
         keys = table[schema.KEY].to_numpy(zero_copy_only=False)
         hashes: npt.NDArray[np.uint64] = pd.util.hash_array(keys, categorize=False)
-        # As many bits as a float64 holds, so that all of them count.
-        return (hashes >> np.uint64(11)).astype(np.int64)
+        return hashes.view(np.int64)
 
     def _count(self, part: int) -> dict[str, Any]:
         catalog, number, _ = self._source(part)
@@ -252,7 +251,7 @@ class Exchange:
     def _sample(self, part: int, n_rows: int, folder: str) -> dict[str, Any]:
         name = f"{folder}/{part:05d}"
         if not self.scratch.has(name):
-            table, uid = self._taking_part(part, [schema.KEY])
+            table, uid = self._taking_part(part, [] if self._source(part)[0].identity == "uid" else [schema.KEY])
             identity = self._identity(part, table, uid)
             x = _matrix(table)
             valid = has_direction(x)

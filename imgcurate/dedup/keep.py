@@ -63,7 +63,7 @@ class KeepOrder:
     @property
     def n_keys(self) -> int:
         """Number of columns of :meth:`keys`."""
-        return len(self.keep_by) + 2
+        return len(self.keep_by) + 3
 
     def keys(
         self,
@@ -85,7 +85,7 @@ class KeepOrder:
         Returns
         -------
         ndarray of float64 of shape (n, n_keys)
-            Without NaN. Equal rows, whose identities are equal up to rounding, are told apart by uid.
+            Without NaN. Equal rows, whose identities are equal too, are told apart by uid.
         """
         keys = np.empty((len(identity), self.n_keys))
         for i, entry in enumerate(self.keep_by):
@@ -94,10 +94,11 @@ class KeepOrder:
                 value = value * np.asarray(columns[name.strip()], dtype=np.float64)
             keys[:, i] = np.where(np.isnan(value), np.inf, -value if entry.startswith("-") else value)
         if self.which_to_keep == "random":
-            keys[:, -2] = hash_uids(identity, self.random_state) / 2.0**64
+            keys[:, -3] = hash_uids(identity, self.random_state) / 2.0**64
         else:
-            keys[:, -2] = centroid_similarity if self.which_to_keep == "hard" else -centroid_similarity
-        keys[:, -1] = identity
+            keys[:, -3] = centroid_similarity if self.which_to_keep == "hard" else -centroid_similarity
+        # A float64 does not hold 64 bits.
+        keys[:, -2], keys[:, -1] = np.divmod(identity, 2**32)
         return keys
 
 

@@ -80,14 +80,6 @@ class Rows(Records):
         """Return the rows of each cluster, as positions: those of reference sets first, then the preferred ones."""
         return _runs(self.cluster, np.lexsort((self.uid, *self.keys.T[::-1], ~self.fixed, self.cluster)))
 
-    @staticmethod
-    def empty(n_keys: int, n_probes: int, dim: int) -> Rows:
-        """Return no rows."""
-        return Rows(
-            np.empty(0, np.int64), np.empty((0, n_keys)), np.empty(0, np.int32), np.empty((0, n_probes), np.int32),
-            np.empty(0, object), np.empty((0, dim), np.float32),
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Places:

@@ -48,7 +48,7 @@ class FilePartitioningStage(Stage):
         of images; braces and globs expand. See :mod:`imgcurate.inputs`.
     files_per_partition : int, optional
         Shards per partition, the unit of work, of retry and of the checkpoint. By default each shard is one, but
-        where there are many tiny ones, neighbours share one, up to 8 MiB and 64 shards.
+        tiny neighbours share one, up to 8 MiB, 64 shards and a 64th of all.
     storage_options : mapping, optional
         Passed to fsspec (credentials, endpoint).
     sidecar_columns : "auto" or sequence of str
