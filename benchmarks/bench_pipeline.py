@@ -29,7 +29,7 @@ from harness import Case, argument_parser, compare, write_tar
 
 from imgcurate import FilePartitioningStage, ImageEmbeddingStage, ImageReaderStage, ImageWriterStage, Pipeline
 from imgcurate.backend import Backend, cpu_count, get_backend
-from imgcurate.cluster import open_client
+from imgcurate.cluster import known_workers, open_client
 from imgcurate.decode import Decoder
 from imgcurate.frame import read_group
 from imgcurate.models.encoders import EncoderSpec, load_encoder
@@ -81,7 +81,7 @@ def main() -> int:
                 "pipeline", cases, args, baseline="end to end", packages=["open_clip_torch", "nvidia-dali-cuda120"],
                 synchronize=torch.cuda.synchronize if backend.is_gpu else lambda: None,
                 parameters={"images": n, "model": model, "batch_size": args.batch_size, "device": backend.name,
-                            "workers": len(client.scheduler_info(n_workers=-1)["workers"]), "cores": cpu_count(),
+                            "workers": len(known_workers(client)), "cores": cpu_count(),
                             "mean_bytes": sum(map(len, blobs)) // n, "source": "photos" if args.photos else "made"},
             )  # fmt: skip
     return code or add_bound(args.json, alone, n, backend, smoke=args.smoke)

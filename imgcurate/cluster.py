@@ -28,7 +28,7 @@ from distributed.versions import VersionMismatchWarning
 from imgcurate.backend import cpu_count, get_backend
 from imgcurate.errors import ClusterError, ConfigError
 
-__all__ = ["cluster_device", "open_client", "tls_security"]
+__all__ = ["cluster_device", "known_workers", "open_client", "tls_security"]
 
 logger = logging.getLogger(__name__)
 _GIB: Final = 1024**3
@@ -166,7 +166,7 @@ def cluster_device(client: Client, device: str) -> str:
     ClusterError
         If there is no worker, or some have a usable GPU and others not.
     """
-    if not client.scheduler_info(n_workers=-1)["workers"]:
+    if not known_workers(client):
         raise ClusterError("the scheduler has no workers: start some, then try again")
     if device == "cpu":
         return "cpu"
@@ -176,6 +176,16 @@ def cluster_device(client: Client, device: str) -> str:
         without = next(address for address, kind in found.items() if kind == "cpu")
         raise ClusterError(f"some workers have a usable GPU and others not ({without}): name --device cpu or gpu")
     return kinds.pop()
+
+
+def known_workers(client: Client) -> dict[str, Any]:
+    """Return what the scheduler knows of each worker, by address.
+
+    ``client.scheduler_info()`` is not asked: now and then it has no workers, when what the client fetches every two
+    seconds, which is without workers, comes between its question and its answer.
+    """
+    identity: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)
+    return dict(identity["workers"])
 
 
 def _worker_device(device: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Final
 from distributed import Client
 from distributed.versions import get_versions
 
+from imgcurate.cluster import known_workers
 from imgcurate.errors import ClusterError, ImgcurateError
 from imgcurate.filesystems import shown_url
 from imgcurate.folders import file_url
@@ -89,7 +90,7 @@ def check_versions(client: Client) -> None:
     are not checked.
     """
     here = _versions(get_versions(_PACKAGES))
-    answers = _ask(client, _workers(client), get_versions, _PACKAGES)
+    answers = _ask(client, list(known_workers(client)), get_versions, _PACKAGES)
     if not answers:
         raise ClusterError("the scheduler has no workers: start some, then try again")
     silent = {w: a for w, a in answers.items() if isinstance(a, Exception)}
@@ -182,10 +183,6 @@ class _Faults:
             count = f"{len(everyone)} workers: " if len(everyone) > 1 else ""
             lines.append(f"{what}: {count}{', '.join(names)}{f' and {more} more' if more else ''}")
         return "; ".join(lines)
-
-
-def _workers(client: Client) -> list[str]:
-    return list(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def _ask(client: Client, workers: Sequence[str], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
@@ -299,7 +296,7 @@ def _try_storage(
 ) -> tuple[_Faults, dict[str, str]]:
     """Let each worker read and write; return what is wrong, and the host of each worker."""
     faults, hosts = _Faults(), {}
-    answers = _ask(client, _workers(client), _answer, token, url, storage_options)
+    answers = _ask(client, list(known_workers(client)), _answer, token, url, storage_options)
     unseen, deadline = [], time.monotonic() + _LATE_S
     for worker, answer in answers.items():
         if isinstance(answer, Exception):

@@ -18,7 +18,7 @@ from distributed.security import Security
 from imgcurate import schema
 from imgcurate.backend import get_backend
 from imgcurate.catalog import Catalog, Manifest, fingerprint, part_name
-from imgcurate.cluster import cluster_device, open_client
+from imgcurate.cluster import cluster_device, known_workers, open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
 from imgcurate.execution import COUNTS, Progress, call_frame, run_on_client, run_waves
 from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
@@ -313,7 +313,7 @@ class Run:
     def _resources(self) -> dict[str, float] | None:
         if self.device != "gpu":
             return None
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        workers = known_workers(self.client).values()
         declared = workers and all("GPU" in w["resources"] for w in workers)
         return {"GPU": self.plan.reader.num_gpus_per_worker} if declared else None
 

@@ -15,10 +15,11 @@ import dask
 import pytest
 from clusters import Daemons, make_certificates
 from clusters import tls_options as options
+from distributed import Client
 from typer.testing import CliRunner
 
 from imgcurate.cli import app
-from imgcurate.cluster import open_client, tls_security
+from imgcurate.cluster import known_workers, open_client, tls_security
 from imgcurate.errors import ClusterError, ConfigError
 
 Start = Callable[..., str]
@@ -81,7 +82,7 @@ def test_dasks_own_configuration_gives_the_certificates(tls_scheduler: str, tls:
         dask.config.set({f"distributed.comm.tls.{k}": v for k, v in names.items()}),
         open_client(scheduler=tls_scheduler) as client,
     ):
-        assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
+        assert len(known_workers(client)) == 1
 
 
 def test_a_plain_client_at_a_tls_scheduler(tls_scheduler: str) -> None:
@@ -172,3 +173,12 @@ def test_a_scheduler_that_is_lost(shards: Path, tmp_path: Path) -> None:
     assert run.returncode == 1
     assert err.count("\n") == 1, err
     assert f"the connection to the scheduler at {address} was lost" in err
+
+
+def test_workers_are_known_also_while_the_client_fetches_less(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every two seconds it does, and puts an answer without workers in the place of a full one.
+    monkeypatch.setattr(client, "_scheduler_identity", {"workers": {}})
+    monkeypatch.setattr(client, "_update_scheduler_info", None)
+    workers = known_workers(client)
+    assert len(workers) == 2
+    assert all(worker["nthreads"] == 1 for worker in workers.values())

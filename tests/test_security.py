@@ -21,7 +21,7 @@ from test_pipeline import tiny_pipeline
 import imgcurate
 from imgcurate import Pipeline, config
 from imgcurate.backend import get_backend
-from imgcurate.cluster import open_client
+from imgcurate.cluster import known_workers, open_client
 from imgcurate.errors import ConfigError, WeightsError
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
 from imgcurate.models.head_files import _read_pth
@@ -131,9 +131,9 @@ def test_a_plain_config_imports_nothing_from_the_working_folder(
 
 def test_what_imgcurate_starts_listens_on_loopback_alone() -> None:
     with open_client(device="cpu", n_workers=1) as client:
-        info = client.scheduler_info(n_workers=-1)
-        assert info["address"].startswith("tcp://127.0.0.1:")
-        assert all(address.startswith("tcp://127.0.0.1:") for address in info["workers"])
+        addresses = [client.scheduler.address, *known_workers(client)]
+        assert len(addresses) == 2
+        assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
         assert client.dashboard_link.startswith("http://127.0.0.1:")
 
 
