@@ -72,7 +72,7 @@ class BareDali:
         self._graph = Pipeline(batch_size, threads, backend.dali_device_id, prefetch_queue_depth=1, exec_dynamic=True)
         with self._graph:
             source = fn.external_source(name="source", device="cpu")
-            image = fn.decoders.image(source, device=backend.dali_device, output_type=types.RGB)
+            image = fn.decoders.image(source, output_type=types.RGB, **backend.dali_decoder)
             self._graph.set_outputs(view_operators(image, VIEW))
         self._graph.build()
 

@@ -29,9 +29,10 @@ from harness import Case, argument_parser, compare, write_tar
 
 from imgcurate import FilePartitioningStage, ImageEmbeddingStage, ImageReaderStage, ImageWriterStage, Pipeline
 from imgcurate.backend import Backend, cpu_count, get_backend
-from imgcurate.cluster import known_workers, open_client
+from imgcurate.cluster import open_client
 from imgcurate.decode import Decoder
 from imgcurate.frame import read_group
+from imgcurate.liveness import known_workers
 from imgcurate.models.encoders import EncoderSpec, load_encoder
 from imgcurate.shards import Shard
 
@@ -58,7 +59,9 @@ def main() -> int:
     parser.add_argument("--photos", type=Path, metavar="DIR", help="JPEGs to take (default: made here)")
     parser.add_argument("--images", type=int, default=480, help="images (default: 480)")
     parser.add_argument("--model", default="ViT-B-32", help="open_clip architecture (default: ViT-B-32)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default: 32)")
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: 32, or 256 on a GPU)")
+    parser.add_argument("--precision", default="auto", help="of the model (default: auto)")
+    parser.add_argument("--tasks-per-gpu", type=int, default=2, help="partitions at work on a GPU (default: 2)")
     parser.add_argument("--samples", type=int, default=60, help="images per shard (default: 60)")
     parser.add_argument("--workers", type=int, help="worker processes (default: one per core, or per GPU)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
@@ -67,20 +70,28 @@ def main() -> int:
     n = 24 if args.smoke else args.images
     model, pretrained = ("tiny-image", "") if args.smoke else (args.model, "random")
     backend = get_backend(args.device)
+    args.batch_size = args.batch_size or backend.batch_size("auto")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         blobs = photos(args.photos, n) if args.photos else generated(n)
         shards = write_shards(Path(scratch) / "in", blobs, args.samples)
-        alone = stages(shards, blobs, EncoderSpec(model, pretrained, batch_size=args.batch_size), backend)
-        embed = ImageEmbeddingStage(model, pretrained, model_inference_batch_size=args.batch_size)
-        with open_client(device=backend.name, n_workers=args.workers, dashboard_address=None) as client:
-            whole = partial(run, shards[0].parent, Path(scratch) / "OUT", embed, args.batch_size, client)
+        spec = EncoderSpec(model, pretrained, precision=args.precision, batch_size=args.batch_size)
+        alone = stages(shards, blobs, spec, backend)
+        embed = ImageEmbeddingStage(
+            model, pretrained, model_inference_batch_size=args.batch_size, precision=args.precision
+        )
+        reader = ImageReaderStage(args.batch_size, num_gpus_per_worker=1 / args.tasks_per_gpu)
+        with open_client(
+            device=backend.name, n_workers=args.workers, tasks_per_gpu=args.tasks_per_gpu, dashboard_address=None
+        ) as client:
+            whole = partial(run, shards[0].parent, Path(scratch) / "OUT", embed, reader, client)
             cases = [Case(name, alone[name], dict, {"images": n}) for name in STAGES]
             cases.append(Case("end to end", whole, dict, {"images": n}))
             code = compare(
                 "pipeline", cases, args, baseline="end to end", packages=["open_clip_torch", "nvidia-dali-cuda120"],
                 synchronize=torch.cuda.synchronize if backend.is_gpu else lambda: None,
                 parameters={"images": n, "model": model, "batch_size": args.batch_size, "device": backend.name,
+                            "precision": args.precision, "samples": args.samples, "tasks_per_gpu": args.tasks_per_gpu,
                             "workers": len(known_workers(client)), "cores": cpu_count(),
                             "mean_bytes": sum(map(len, blobs)) // n, "source": "photos" if args.photos else "made"},
             )  # fmt: skip
@@ -99,7 +110,7 @@ def write_shards(folder: Path, blobs: list[bytes], samples: int) -> list[Path]:
 def stages(shards: list[Path], blobs: list[bytes], spec: EncoderSpec, backend: Backend) -> dict[str, Timed]:
     encoder = load_encoder(spec, backend)
     size = spec.batch_size
-    decoder = Decoder((encoder.view,), backend, batch_size=size, num_threads=1)
+    decoder = Decoder((encoder.view,), backend, batch_size=size, num_threads=cpu_count() if backend.is_gpu else 1)
     batches = [blobs[i : i + size] for i in range(0, len(blobs), size)]
     pixels = [decoder.decode(batch).images[encoder.view].clone() for batch in batches]
     return {
@@ -120,11 +131,11 @@ def read(path: Path) -> int:
     return len(table)
 
 
-def run(source: Path, out: Path, embed: ImageEmbeddingStage, batch_size: int, client: Client) -> Mapping[str, int]:
+def run(
+    source: Path, out: Path, embed: ImageEmbeddingStage, reader: ImageReaderStage, client: Client
+) -> Mapping[str, int]:
     shutil.rmtree(out, ignore_errors=True)
-    pipeline = Pipeline(
-        [FilePartitioningStage(str(source), 1), ImageReaderStage(batch_size), embed, ImageWriterStage(1000)]
-    )
+    pipeline = Pipeline([FilePartitioningStage(str(source), 1), reader, embed, ImageWriterStage(1000)])
     return {"images": pipeline.run(str(out), client=client).counts["ok"]}
 
 

@@ -20,6 +20,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import numbers
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ __all__ = [
     "DEVICES",
     "Backend",
     "array_from_list_column",
+    "check_batch_size",
     "cpu_count",
     "get_backend",
     "is_out_of_memory",
@@ -50,11 +52,14 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "gpu"]
+Floats = npt.NDArray[np.float32]
 _GPU_DEVICES: Final = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/dev/nvgpu")
 DEVICES: Final = ("auto", "cpu", "gpu")
 _INIT_ROWS_PER_CLUSTER: Final = 8
 # torch's allocator on the CPU, cuBLAS and cuDNN have no exception of their own for this.
 _OUT_OF_MEMORY_TEXTS: Final = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+_CPU_BATCH: Final = 32
+_GPU_BATCH: Final = 256
 _GPU_LIBRARIES: Final = ("cudf", "cupy", "cuml")
 
 
@@ -86,14 +91,37 @@ class Backend:
         return "cuda:0" if self.is_gpu else "cpu"
 
     @property
-    def dali_device(self) -> Literal["cpu", "mixed"]:
-        """The ``device`` of DALI's image decoder."""
-        return "mixed" if self.is_gpu else "cpu"
+    def dali_decoder(self) -> dict[str, Any]:
+        """The options of DALI's image decoder that decide where it decodes.
+
+        On a GPU with a JPEG engine that takes all that it can: by default DALI gives it a part of each batch, and the
+        pixels of an image would depend on its place there.
+        """
+        return {"device": "mixed", "hw_decoder_load": 1.0} if self.is_gpu else {"device": "cpu"}
 
     @property
     def dali_device_id(self) -> int | None:
         """The ``device_id`` of a DALI pipeline; None builds a CPU-only pipeline."""
         return 0 if self.is_gpu else None
+
+    def stream(self) -> Any:
+        """Return a new CUDA stream; None on the CPU."""
+        return torch.cuda.Stream() if self.is_gpu else None  # type: ignore[no-untyped-call]
+
+    def tensors(self, outputs: Sequence[Any], stream: Any) -> list[torch.Tensor]:
+        """Return outputs of DALI as tensors on the device, ready for any thread.
+
+        On the CPU a tensor keeps DALI's memory alive. On a GPU DALI uses it again, so the tensors are copies. They are
+        made on `stream`, as on that of the stages they would wait for all that is computed there, and Python with them.
+        """
+        if not self.is_gpu:
+            return [torch.utils.dlpack.from_dlpack(out.as_tensor()) for out in outputs]
+        with torch.cuda.stream(stream):
+            copies = [torch.utils.dlpack.from_dlpack(out.as_tensor()).clone() for out in outputs]
+        stream.synchronize()
+        for tensor in copies:
+            tensor.record_stream(torch.cuda.default_stream())
+        return copies
 
     def to_host(self, array: Any) -> npt.NDArray[Any]:
         """Return `array` (NumPy, CuPy or torch) as a NumPy array on the host."""
@@ -102,6 +130,12 @@ class Backend:
         elif hasattr(array, "get") and not isinstance(array, np.ndarray):
             array = array.get()
         return np.asarray(array)
+
+    def batch_size(self, asked: int | Literal["auto"]) -> int:
+        """Return how many images to work on at once: what is asked for, or with ``auto`` what keeps the device busy."""
+        if asked != "auto":
+            return asked
+        return _GPU_BATCH if self.is_gpu else _CPU_BATCH
 
     @property
     def product_dtype(self) -> npt.DTypeLike:
@@ -171,7 +205,7 @@ class Backend:
         n_clusters : int
             Number of centroids, at most ``n_samples``.
         init : str or ndarray of shape (n_clusters, d)
-            ``"k-means++"`` (``"scalable-k-means++"`` on a GPU), ``"random"`` or starting centroids.
+            ``"k-means++"`` (of cuML the scalable one, if `n_init` is more than 1), ``"random"`` or starting centroids.
         n_init, max_iter, tol, random_state, oversampling_factor
             As in cuML; the last is used on a GPU alone.
 
@@ -183,43 +217,81 @@ class Backend:
         Notes
         -----
         On the CPU it runs on one thread: scikit-learn sums the threads' partial centroids in the
-        order in which they end, so more threads would make the result differ from run to run.
-        There k-means++ picks the starting centroids from the first 8 rows per cluster, for on all rows
+        order in which they end, so more threads would make the result differ from run to run. cuML does so too,
+        and its centroids differ by rounding from run to run.
+        With ``n_init=1`` k-means++ picks the starting centroids from the first 8 rows per cluster, for on all rows
         it would take longer than what follows.
         """
-        fixed = not isinstance(init, str)
-        if self.is_gpu:
-            cuml_cluster = importlib.import_module("cuml.cluster")
-            method = "scalable-k-means++" if not fixed and init == "k-means++" else init
-            model = cuml_cluster.KMeans(
-                n_clusters=n_clusters,
-                init=self.asarray(init) if fixed else method,
-                n_init=1 if fixed else n_init,
-                max_iter=max_iter,
-                tol=tol,
-                random_state=random_state,
-                oversampling_factor=oversampling_factor,
-                output_type="cupy",
-            )
-            model.fit(self.asarray(x))
-            return self.to_host(model.cluster_centers_).astype(np.float32)
-        from sklearn.cluster import KMeans, kmeans_plusplus
-        from threadpoolctl import threadpool_limits
+        fit = self._fit_cuml if self.is_gpu else _fit_sklearn
+        options = {"n_init": n_init, "max_iter": max_iter, "tol": tol, "random_state": random_state}
+        return fit(x, n_clusters, init, oversampling_factor, options)
 
-        with threadpool_limits(limits=1):
-            first = x[: _INIT_ROWS_PER_CLUSTER * n_clusters]
-            if not fixed and init == "k-means++" and n_init == 1 and len(first) < len(x):
-                init, _ = kmeans_plusplus(first, n_clusters, random_state=random_state)
-                fixed = True
-            model = KMeans(
-                n_clusters=n_clusters,
-                init=init,
-                n_init=1 if fixed else n_init,
-                max_iter=max_iter,
-                tol=tol,
-                random_state=random_state,
-            ).fit(x)
-        return np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
+    def _fit_cuml(
+        self, x: Floats, n_clusters: int, init: Any, oversampling_factor: float, options: dict[str, Any]
+    ) -> Floats:
+        rows = self.asarray(x)
+        if isinstance(init, str) and init == "k-means++":
+            init = "scalable-k-means++"
+            if options["n_init"] == 1:
+                init = spread_rows(rows[: _INIT_ROWS_PER_CLUSTER * n_clusters], n_clusters, options["random_state"])
+                n_clusters = len(init)
+        if not isinstance(init, str):
+            init, options = self.asarray(init), {**options, "n_init": 1}
+        model = importlib.import_module("cuml.cluster").KMeans(
+            n_clusters=n_clusters, init=init, oversampling_factor=oversampling_factor, output_type="cupy", **options
+        )
+        model.fit(rows)
+        return self.to_host(model.cluster_centers_).astype(np.float32)
+
+
+def _fit_sklearn(x: Floats, n_clusters: int, init: Any, oversampling_factor: float, options: dict[str, Any]) -> Floats:
+    from sklearn.cluster import KMeans, kmeans_plusplus
+    from threadpoolctl import threadpool_limits
+
+    del oversampling_factor
+    with threadpool_limits(limits=1):
+        first = x[: _INIT_ROWS_PER_CLUSTER * n_clusters]
+        if isinstance(init, str) and init == "k-means++" and options["n_init"] == 1 and len(first) < len(x):
+            init, _ = kmeans_plusplus(first, n_clusters, random_state=options["random_state"])
+        if not isinstance(init, str):
+            options = {**options, "n_init": 1}
+        model = KMeans(n_clusters=n_clusters, init=init, **options).fit(x)
+    return np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
+
+
+def spread_rows(rows: Any, n: int, random_state: int) -> Any:
+    """Pick rows to start k-means with: each with a chance in proportion to its squared distance to those before it.
+
+    Parameters
+    ----------
+    rows : ndarray of float32 of shape (m, d)
+        NumPy or CuPy.
+    n : int
+        How many to pick; at most m.
+    random_state : int
+        Seed.
+
+    Returns
+    -------
+    ndarray of float32 of shape (k, d)
+        Distinct rows, sorted, of the same library; k < n where no more rows are distinct.
+
+    References
+    ----------
+    Arthur, Vassilvitskii: k-means++: The Advantages of Careful Seeding. SODA 2007.
+    """
+    xp = np if isinstance(rows, np.ndarray) else importlib.import_module("cupy")
+    draws = np.random.default_rng(random_state).random(n + 1)
+    picked = xp.empty(n, dtype=np.int64)
+    nearest = xp.full(len(rows), np.inf)
+    at = xp.asarray(int(draws[0] * len(rows)))
+    for i in range(n):
+        picked[i] = at
+        nearest = xp.minimum(nearest, ((rows - rows[at]) ** 2).sum(axis=1, dtype=np.float64))
+        # Nothing here waits for the device.
+        sums = xp.cumsum(nearest)
+        at = xp.minimum(xp.searchsorted(sums, draws[i + 1] * sums[-1], side="right"), len(rows) - 1)
+    return xp.unique(rows[picked], axis=0)
 
 
 def lazy_frame(
@@ -330,6 +402,22 @@ def get_backend(device: str = "auto") -> Backend:
     if device == "gpu":
         raise DeviceError(f"device='gpu' is not usable here: {reason}. Use device='cpu' or 'auto'")
     return Backend("cpu")
+
+
+def check_batch_size(name: str, value: int | str) -> None:
+    """Check a parameter that says how many images are worked on at once.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither ``auto`` nor a whole number from 1 on.
+    """
+    if value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ConfigError(f"{name}={value!r} should be a whole number, or auto")
+    if value < 1:
+        raise ConfigError(f"{name}={value} should be >= 1, or auto")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -49,6 +49,13 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
+def _batch_size(text: str) -> int | str:
+    """Read the option ``--batch-size``."""
+    if text == "auto" or (text.isascii() and text.isdigit() and int(text) > 0):
+        return text if text == "auto" else int(text)
+    raise typer.BadParameter(f"{text!r} is neither a whole number from 1 on nor auto")
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")] = False,
@@ -138,7 +145,10 @@ def curate(
     max_aspect_ratio: Annotated[float | None, typer.Option(min=1, help="Refuse more elongated images; 50.")] = None,
     min_size: Annotated[int | None, typer.Option(min=1, help="Leave out images with a shorter side.")] = None,
     images_per_tar: Annotated[int, typer.Option(min=1, help="Samples per output shard.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    batch_size: Annotated[
+        Any,
+        typer.Option(parser=_batch_size, metavar="N|auto", help="Images per batch; auto: 32, or 256 on GPUs."),
+    ] = "auto",
     files_per_partition: Annotated[
         int | None, typer.Option(min=1, help="Shards per partition. [default: 1, tiny ones together]")
     ] = None,
@@ -251,7 +261,7 @@ def _pipeline(
     stages: list[Any],
     images_per_tar: int,
     files_per_partition: int | None = None,
-    batch_size: int = 32,
+    batch_size: Any = "auto",
     storage_option: Sequence[str] = (),
     sidecars: bool = True,
     **limits: Any,

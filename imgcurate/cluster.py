@@ -27,8 +27,10 @@ from distributed.versions import VersionMismatchWarning
 
 from imgcurate.backend import cpu_count, get_backend
 from imgcurate.errors import ClusterError, ConfigError
+from imgcurate.lazy import torch
+from imgcurate.liveness import known_workers
 
-__all__ = ["cluster_device", "known_workers", "open_client", "tls_security"]
+__all__ = ["cluster_device", "open_client", "tls_security"]
 
 logger = logging.getLogger(__name__)
 _GIB: Final = 1024**3
@@ -37,6 +39,7 @@ _LOOPBACK: Final = "127.0.0.1"
 # Dask's own setting makes glibc give each array back to the system at once, and fetch it again page by page.
 _MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": 32 * 1024**2, "MALLOC_TRIM_THRESHOLD_": 128 * 1024**2}
 _CONNECT_S: Final = 15.0
+_MOST_THREADS_PER_GPU: Final = 8
 
 
 @contextlib.contextmanager
@@ -63,7 +66,7 @@ def open_client(
         Address of a running scheduler (``tcp://host:8786``) or path of a scheduler file; nothing
         is started then.
     tasks_per_gpu : int
-        Tasks that run at the same time on one GPU.
+        Tasks that run at the same time on one GPU. Its worker has more threads, for tasks that need no GPU.
     dashboard_address : str, optional
         Where the dashboard listens: on loopback unless told otherwise. None: no dashboard.
     security : distributed.security.Security, optional
@@ -176,16 +179,6 @@ def cluster_device(client: Client, device: str) -> str:
         without = next(address for address, kind in found.items() if kind == "cpu")
         raise ClusterError(f"some workers have a usable GPU and others not ({without}): name --device cpu or gpu")
     return kinds.pop()
-
-
-def known_workers(client: Client) -> dict[str, Any]:
-    """Return what the scheduler knows of each worker, by address.
-
-    ``client.scheduler_info()`` is not asked: now and then it has no workers, when what the client fetches every two
-    seconds, which is without workers, comes between its question and its answer.
-    """
-    identity: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)
-    return dict(identity["workers"])
 
 
 def _worker_device(device: str) -> str:
@@ -332,9 +325,11 @@ def _worker_environment() -> Any:
 
 def _cuda_cluster(n_workers: int | None, tasks_per_gpu: int, dashboard_address: str | None) -> Any:
     dask_cuda = importlib.import_module("dask_cuda")
+    cores_per_gpu = cpu_count() // (n_workers or torch.cuda.device_count())
     return dask_cuda.LocalCUDACluster(
         n_workers=n_workers,
-        threads_per_worker=tasks_per_gpu,
+        # Those that have no share of the GPU read, hash and write files.
+        threads_per_worker=max(tasks_per_gpu, min(_MOST_THREADS_PER_GPU, cores_per_gpu)),
         host=_LOOPBACK,
         dashboard_address=dashboard_address,
         # DALI has a pool of its own, so RMM starts with less than half of the memory.

@@ -133,6 +133,7 @@ class Decoder:
         self.max_aspect_ratio = max_aspect_ratio
         self.min_size = min_size
         self._num_threads = num_threads
+        self._stream = backend.stream()
         self._from_bytes = self._build(decode=True)
         self._from_pixels: Any = None
 
@@ -209,11 +210,7 @@ class Decoder:
         if len(outputs[0]) != len(inputs):
             raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(inputs)}: this is a bug")
         n_views = len(self.views)
-        images = [torch.utils.dlpack.from_dlpack(out.as_tensor()) for out in outputs[:n_views]]
-        if self.backend.is_gpu:
-            # On the stream of the stages: DALI knows nothing of it, and would use the memory again too soon.
-            # On a CPU the tensor keeps the memory alive, and a copy would cost a tenth of the decoding.
-            images = [image.clone() for image in images]
+        images = self.backend.tensors(outputs[:n_views], self._stream)
         shapes, *full = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in outputs[n_views:])
         if full:
             # Hashes take the way of a further view: a row of bytes for each image.
@@ -272,7 +269,7 @@ class Decoder:
         with graph:
             source = fn.external_source(name="source", device="cpu", layout=None if decode else "HWC")
             if decode:
-                image = fn.decoders.image(source, device=self.backend.dali_device, output_type=types.RGB)
+                image = fn.decoders.image(source, output_type=types.RGB, **self.backend.dali_decoder)
             else:
                 image = source.gpu() if self.backend.is_gpu else source
             outputs = [view_operators(image, view) for view in self.views]

@@ -16,7 +16,7 @@ from distributed.scheduler import NoValidWorkerError, NoWorkerError
 
 from imgcurate.errors import ClusterError
 
-__all__ = ["NO_WORKER_ERRORS", "Liveness"]
+__all__ = ["NO_WORKER_ERRORS", "Liveness", "gpu_share", "known_workers"]
 
 NO_WORKER_ERRORS: Final = (NoValidWorkerError, NoWorkerError)
 """What a task ends in that found no worker, if the scheduler is set up so (``no-workers-timeout``)."""
@@ -31,6 +31,30 @@ _LOOK_EVERY_S: Final = 10.0
 _ANSWER_S: Final = 30.0
 _KEPT: Final = "what was finished is kept"
 logger = logging.getLogger(__name__)
+
+
+def known_workers(client: Client, timeout: float | None = None) -> dict[str, Any]:
+    """Return what the scheduler knows of each worker, by address, if it answers within so many seconds.
+
+    ``client.scheduler_info()`` is not asked: now and then it has no workers, when what the client fetches every two
+    seconds, which is without workers, comes between its question and its answer.
+    """
+    identity: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=timeout)
+    return dict(identity["workers"])
+
+
+def gpu_share(client: Client, share: float) -> dict[str, float] | None:
+    """Return the Dask resources of a task that takes a share of a GPU; None where workers have not declared any.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        A connected client.
+    share : float
+        In (0, 1]: 0.5 lets two such tasks run at once on each GPU.
+    """
+    workers = known_workers(client).values()
+    return {"GPU": share} if workers and all("GPU" in w["resources"] for w in workers) else None
 
 
 class Liveness:
@@ -118,13 +142,11 @@ class Liveness:
         """Return the workers as the scheduler describes them; None if it does not answer."""
         timeout = min(_ANSWER_S, SILENCE_S / 4)
         try:
-            identity = self._client.sync(self._client.scheduler.identity, n_workers=-1, callback_timeout=timeout)
+            return known_workers(self._client, timeout)
         except (OSError, RuntimeError, AttributeError) as exc:
             # The client may be closing, and have no scheduler any more: the next look tells.
             logger.info("%s: the scheduler does not answer: %r", self._phase, exc)
             return None
-        workers: dict[str, Any] = identity["workers"]
-        return workers
 
     def _is_fit(self, worker: Mapping[str, Any]) -> bool:
         running = worker["metrics"].get("task_counts", {})

@@ -20,10 +20,10 @@ from typing import Any, Final
 from distributed import Client
 from distributed.versions import get_versions
 
-from imgcurate.cluster import known_workers
 from imgcurate.errors import ClusterError, ImgcurateError
 from imgcurate.filesystems import shown_url
 from imgcurate.folders import file_url
+from imgcurate.liveness import known_workers
 from imgcurate.shards import Shard
 from imgcurate.storage import (
     StorageError,

@@ -18,10 +18,11 @@ from distributed.security import Security
 from imgcurate import schema
 from imgcurate.backend import get_backend
 from imgcurate.catalog import Catalog, Manifest, fingerprint, part_name
-from imgcurate.cluster import cluster_device, known_workers, open_client
+from imgcurate.cluster import cluster_device, open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
 from imgcurate.execution import COUNTS, Progress, call_frame, run_on_client, run_waves
 from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
+from imgcurate.liveness import gpu_share
 from imgcurate.origins import Origin
 from imgcurate.outputs import find_run, open_run
 from imgcurate.parts import (
@@ -283,7 +284,7 @@ class Run:
                 ddf = apply_stages(ddf, phase.batch_stages, device=self.device)
             return deltas(ddf, numbers, after, out)
 
-        self._waves(phase.label, missing, build)
+        self._waves(phase.label, missing, build, self._resources())
 
     def _process_dataset(self, stage: Stage, frame: dd.DataFrame) -> dd.DataFrame:
         assert isinstance(stage, DatasetStage)  # noqa: S101 - Phase.is_dataset says so
@@ -297,25 +298,23 @@ class Run:
         return ddf
 
     def _waves(
-        self, phase: str, numbers: Sequence[int], build: Callable[[list[int]], dd.DataFrame]
+        self,
+        phase: str,
+        numbers: Sequence[int],
+        build: Callable[[list[int]], dd.DataFrame],
+        resources: dict[str, float] | None = None,
     ) -> dict[int, dict[str, Any]]:
-        return run_waves(self.client, build, numbers, phase=phase, resources=self._resources(), progress=self.progress)
+        return run_waves(self.client, build, numbers, phase=phase, resources=resources, progress=self.progress)
 
     def _light(
         self, phase: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int]
     ) -> dict[int, dict[str, Any]]:
         """Run something small for each part."""
-        return run_on_client(
-            phase, function, numbers, client=self.client, resources=self._resources(), progress=self.progress,
-            light=True,
-        )  # fmt: skip
+        return run_on_client(phase, function, numbers, client=self.client, progress=self.progress, light=True)
 
     def _resources(self) -> dict[str, float] | None:
-        if self.device != "gpu":
-            return None
-        workers = known_workers(self.client).values()
-        declared = workers and all("GPU" in w["resources"] for w in workers)
-        return {"GPU": self.plan.reader.num_gpus_per_worker} if declared else None
+        """Return what a task takes that computes on images."""
+        return gpu_share(self.client, self.plan.reader.num_gpus_per_worker) if self.device == "gpu" else None
 
     def _count(self, catalog: Catalog) -> Counter[str]:
         """Count the rows by status, from the files, so that a resumed run counts all."""

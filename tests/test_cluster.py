@@ -19,8 +19,9 @@ from distributed import Client
 from typer.testing import CliRunner
 
 from imgcurate.cli import app
-from imgcurate.cluster import known_workers, open_client, tls_security
+from imgcurate.cluster import open_client, tls_security
 from imgcurate.errors import ClusterError, ConfigError
+from imgcurate.liveness import known_workers
 
 Start = Callable[..., str]
 

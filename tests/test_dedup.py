@@ -173,7 +173,9 @@ def test_fit_centroids_is_repeatable_and_finds_groups(backend: Backend) -> None:
     labels, similarity = assign(x, centroids, 1, backend)
     assert np.bincount(labels[:, 0]).tolist() == [100] * 8
     assert similarity.min() > 0.95
-    np.testing.assert_array_equal(fit_centroids(x, 8, config, backend), centroids)
+    again = fit_centroids(x, 8, config, backend)
+    # cuML sums in the order in which blocks of threads end.
+    np.testing.assert_allclose(again, centroids, rtol=0, atol=1e-6 if backend.is_gpu else 0)
 
 
 def test_clusters_that_come_out_far_too_large_are_split(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ from test_pipeline import tiny_pipeline
 import imgcurate
 from imgcurate import Pipeline, config
 from imgcurate.backend import get_backend
-from imgcurate.cluster import known_workers, open_client
+from imgcurate.cluster import open_client
 from imgcurate.errors import ConfigError, WeightsError
+from imgcurate.liveness import known_workers
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
 from imgcurate.models.head_files import _read_pth
 from imgcurate.probe import _PILLOW_FORMATS

@@ -6,16 +6,17 @@ every row beside the embedding: heads refuse the embeddings of a model that they
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from imgcurate.backend import Backend
+from imgcurate.backend import Backend, check_batch_size
 from imgcurate.batches import PixelView
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, DeviceError
 from imgcurate.lazy import torch
 from imgcurate.models import clip_weights
 
@@ -30,7 +31,10 @@ __all__ = [
 ]
 
 TINY_IMAGE: Final = "tiny-image"
-PRECISIONS: Final = ("auto", "fp32", "bf16")
+PRECISIONS: Final = ("auto", "fp32", "bf16", "fp16", "fp8")
+# Ada and Hopper were the first of NVIDIA's to multiply 8-bit floats.
+_FLOAT8_CAPABILITY: Final = (8, 9)
+_DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +50,29 @@ class EncoderSpec:
         weights (seed 0), which are good for measuring speed alone.
     model_dir : str, optional
         Folder where weights are looked for and downloaded to.
-    precision : {"auto", "fp32", "bf16"}
-        Type of the weights in the model; ``auto`` is bf16 where the hardware computes in it.
-    batch_size : int
-        Images per forward pass.
+    precision : {"auto", "fp32", "bf16", "fp16", "fp8"}
+        Type of the weights in the model; ``auto`` is bf16 where the hardware computes in it, else fp32. ``fp8``
+        multiplies 8-bit floats in the blocks of a transformer, and is for GPUs of compute capability 8.9 on.
+    batch_size : int or "auto"
+        Images per forward pass; ``auto`` is 32 on a CPU and 256 on a GPU.
+    compile : bool or "auto"
+        Whether the model is compiled, which takes some seconds in each process; ``auto`` compiles open_clip's own
+        transformers, on a GPU.
     """
 
     model: str
     pretrained: str = "openai"
     model_dir: str | None = None
     precision: str = "auto"
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
-        if self.batch_size < 1:
-            raise ConfigError(f"model_inference_batch_size={self.batch_size} should be >= 1")
+        if self.compile not in (True, False, "auto"):
+            raise ConfigError(f"compile={self.compile!r} is none of true, false, auto")
+        check_batch_size("model_inference_batch_size", self.batch_size)
         if self.model != TINY_IMAGE:
             names = _open_clip_models()
             if self.model not in names:
@@ -76,7 +86,7 @@ class EncoderSpec:
             return TINY_IMAGE
         return clip_weights.identity(self.model, self.pretrained, self.model_dir)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return what decides the embeddings' values: identity and the checksum of the weights.
 
         Downloads the weights if they are not there.
@@ -84,7 +94,12 @@ class EncoderSpec:
         if self.model == TINY_IMAGE:
             return {"encoder": TINY_IMAGE}
         found = clip_weights.find(self.model, self.pretrained, self.model_dir)
-        return {"encoder": found.identity, "weights_sha256": found.sha256(), "precision": self.precision}
+        made: dict[str, Any] = {
+            "encoder": found.identity,
+            "weights_sha256": found.sha256(),
+            "precision": self.precision,
+        }
+        return made if self.compile == "auto" else {**made, "compile": self.compile}
 
 
 class Encoder(ABC):
@@ -166,23 +181,29 @@ class OpenClipEncoder(Encoder):
     """
 
     def __init__(self, spec: EncoderSpec, backend: Backend) -> None:
+        from imgcurate.models import towers
+
         weights = clip_weights.find(spec.model, spec.pretrained, spec.model_dir)
         self.identity = weights.identity
-        self._batch_size = spec.batch_size
-        self._dtype = torch.bfloat16 if _use_bf16(spec.precision, backend) else torch.float32
+        self._batch_size = backend.batch_size(spec.batch_size)
+        precision = _precision(spec.precision, backend)
+        self._dtype = getattr(torch, _DTYPES[precision])
         cfg = weights.preprocess
         height, width = cfg["size"]
         self.view = PixelView(height, width, cfg["resize_mode"], cfg["interpolation"], int(cfg["fill_color"]))
         model = clip_weights.load(weights)
         self.dim = clip_weights.embed_dim(spec.model)
         # The text tower is not needed; dropping it frees its memory.
-        self._visual = model.visual.to(device=backend.torch_device, dtype=self._dtype).eval()
+        visual = model.visual.to(device=backend.torch_device, dtype=self._dtype).eval()
+        self._visual = towers.prepare(visual, float8=precision == "fp8", compiled=spec.compile)
+        # While torch compiles in one thread, no other may call what is compiled.
+        self._turn = _compiling if backend.is_gpu or spec.compile is True else contextlib.nullcontext()
         self._scale, self._shift = _normalisation(cfg["mean"], cfg["std"], backend.torch_device)
 
     def __call__(self, pixels: torch.Tensor, *, at_most: int | None = None) -> torch.Tensor:
         """Encode images; see :class:`Encoder`."""
         size = min(self._batch_size, at_most or self._batch_size)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._turn:
             chunks = [self._encode(pixels[start : start + size], size) for start in range(0, len(pixels), size)]
             return torch.cat(chunks) if chunks else torch.empty((0, self.dim), device=pixels.device)
 
@@ -199,6 +220,7 @@ class OpenClipEncoder(Encoder):
 
 
 _load_lock = threading.Lock()
+_compiling = threading.Lock()
 
 
 def load_encoder(spec: EncoderSpec, backend: Backend) -> Encoder:
@@ -219,13 +241,32 @@ def _open_clip_models() -> tuple[str, ...]:
     return tuple(open_clip.list_models())
 
 
-def _use_bf16(precision: str, backend: Backend) -> bool:
+def _precision(precision: str, backend: Backend) -> str:
+    """Return which precision is meant on a device.
+
+    Raises
+    ------
+    DeviceError
+        If the device cannot do it.
+    """
     if precision == "auto":
         if backend.is_gpu:
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         # Without these instructions bf16 is emulated, slower than float32.
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return precision == "bf16"
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if fast else "fp32"
+    if precision == "fp8" and (reason := _why_not_float8(backend)):
+        raise DeviceError(f"precision='fp8' is not usable here: {reason}. Use bf16")
+    return precision
+
+
+def _why_not_float8(backend: Backend) -> str | None:
+    if not backend.is_gpu:
+        return "it needs a GPU"
+    capability = torch.cuda.get_device_capability(backend.torch_device)
+    if capability >= _FLOAT8_CAPABILITY:
+        return None
+    return f"it needs a GPU of compute capability 8.9 or more, and this one has {'.'.join(map(str, capability))}"
 
 
 def _normalisation(mean: Any, std: Any, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import dask
 import dask.dataframe as dd
@@ -21,10 +21,13 @@ from imgcurate.dedup.exchange import TaskRunner
 from imgcurate.dedup.verdicts import DedupJob, Ledger
 from imgcurate.errors import ConfigError
 from imgcurate.execution import Progress, run_on_client
+from imgcurate.liveness import gpu_share
 from imgcurate.stages.executor import frame_types
 from imgcurate.storage import join_url
 
 __all__ = ["client_runner", "dedup_frame", "run_here"]
+
+_GPU_SHARE: Final = 0.25
 
 
 def dedup_frame(
@@ -95,11 +98,14 @@ def _decided_frame(ledger: Ledger, device: str, columns: Sequence[str]) -> dd.Da
 
 def client_runner(client: Client, progress: Progress | None) -> TaskRunner:
     """Return what runs the steps of a job on a cluster."""
+    share = gpu_share(client, _GPU_SHARE)
 
     def run_tasks(
         step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
     ) -> dict[int, dict[str, Any]]:
-        return run_on_client(f"dedup: {step}", function, numbers, client=client, progress=progress, light=light)
+        return run_on_client(
+            f"dedup: {step}", function, numbers, client=client, resources=share, progress=progress, light=light
+        )
 
     return run_tasks
 

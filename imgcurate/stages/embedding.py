@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import dask.dataframe as dd
 import numpy as np
@@ -38,14 +38,17 @@ class ImageEmbeddingStage(ProcessingStage):
     model_dir : str, optional
         Folder with the weights; what is missing is downloaded into it. Default:
         ``$IMGCURATE_MODEL_DIR``, else ``~/.cache/imgcurate``.
-    model_inference_batch_size : int
-        Images per forward pass.
+    model_inference_batch_size : int or "auto"
+        Images per forward pass; ``auto`` is 32 on a CPU and 256 on a GPU.
     num_gpus_per_worker : float
         Share of a GPU that one task takes; see :class:`ImageReaderStage`.
     remove_image_data : bool
         Free the pixels afterwards; stages that look at pixels must then stand before this one.
-    precision : {"auto", "fp32", "bf16"}
-        ``auto`` takes bf16 where the hardware computes in it, else fp32.
+    precision : {"auto", "fp32", "bf16", "fp16", "fp8"}
+        ``auto`` takes bf16 where the hardware computes in it, else fp32; ``fp8`` is the fastest, on a GPU of compute
+        capability 8.9 or more, see ``docs/performance.md`` for what it costs.
+    compile : bool or "auto"
+        Whether the model is compiled; ``auto`` compiles open_clip's own transformers on a GPU, in some seconds.
 
     Raises
     ------
@@ -62,10 +65,11 @@ class ImageEmbeddingStage(ProcessingStage):
     model: str = "ViT-L-14"
     pretrained: str = "openai"
     model_dir: str | None = None
-    model_inference_batch_size: int = 32
+    model_inference_batch_size: int | Literal["auto"] = "auto"
     num_gpus_per_worker: float = 1.0
     remove_image_data: bool = False
     precision: str = "auto"
+    compile: bool | Literal["auto"] = "auto"
 
     name: ClassVar[str] = "ImageEmbeddingStage"
     needs: ClassVar[tuple[str, ...]] = (IMAGE,)
@@ -80,7 +84,7 @@ class ImageEmbeddingStage(ProcessingStage):
         if ("/" in pretrained or "." in pretrained) and Path(pretrained).expanduser().is_file():
             pretrained = absolute_path(pretrained) or pretrained
         self._spec = EncoderSpec(
-            self.model, pretrained, self.model_dir, self.precision, self.model_inference_batch_size
+            self.model, pretrained, self.model_dir, self.precision, self.model_inference_batch_size, self.compile
         )
         self._encoder: Encoder | None = None
 
@@ -126,7 +130,7 @@ def embed(
     model: str = "ViT-L-14",
     pretrained: str = "openai",
     model_dir: str | None = None,
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = "auto",
     device: str = "auto",
     storage_options: Mapping[str, Any] | None = None,
 ) -> dd.DataFrame:
@@ -138,8 +142,8 @@ def embed(
         From :func:`read_webdataset`.
     model, pretrained, model_dir
         As in :class:`ImageEmbeddingStage`.
-    batch_size : int
-        Images per batch, for decoding and for the model.
+    batch_size : int or "auto"
+        Images per batch, for decoding and for the model; ``auto`` is 32 on a CPU and 256 on a GPU.
     device : {"auto", "cpu", "gpu"}
         Where.
     storage_options : mapping, optional

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import dask.dataframe as dd
 import pyarrow as pa
@@ -36,7 +36,7 @@ class ImageNSFWFilterStage(ProcessingStage):
         Folder with the weights; what is missing is downloaded into it.
     num_gpus_per_worker : float
         Accepted for compatibility; stages of one run share the GPU share of the reader.
-    model_inference_batch_size : int
+    model_inference_batch_size : int or "auto"
         Accepted for compatibility; the head takes a whole batch at once.
 
     Raises
@@ -54,7 +54,7 @@ class ImageNSFWFilterStage(ProcessingStage):
     score_threshold: float | None = 0.5
     model_dir: str | None = None
     num_gpus_per_worker: float = 1.0
-    model_inference_batch_size: int = 32
+    model_inference_batch_size: int | Literal["auto"] = "auto"
 
     name: ClassVar[str] = schema.STATUS_NSFW
     needs: ClassVar[tuple[str, ...]] = (schema.EMBEDDING, schema.ENCODER)

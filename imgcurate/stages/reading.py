@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from imgcurate import schema
 from imgcurate.archives import Archives
-from imgcurate.backend import Backend
+from imgcurate.backend import Backend, check_batch_size
 from imgcurate.batches import PixelView
 from imgcurate.decode import MAX_ASPECT_RATIO, MAX_PIXELS, Decoded, borrow_decoder
 from imgcurate.errors import ConfigError
@@ -83,8 +83,8 @@ class ImageReaderStage(Stage):
 
     Attributes
     ----------
-    dali_batch_size : int
-        Images per batch, for DALI and for the stages after it.
+    dali_batch_size : int or "auto"
+        Images per batch, for DALI and for the stages after it; ``auto`` is 32 on a CPU and 256 on a GPU.
     num_threads : int, optional
         DALI's CPU threads per worker; by default the worker's share of the cores.
     max_pixels : int
@@ -99,7 +99,8 @@ class ImageReaderStage(Stage):
     text_columns : sequence of str
         Members to have as columns, by extension: ``("txt", "json")`` gives captions and metadata.
     num_gpus_per_worker : float
-        Share of a GPU that one task takes: 0.25 runs four tasks at once on each GPU.
+        Share of a GPU that one task takes: 0.5 runs two tasks at once on each GPU, so that one computes while the
+        other begins or ends. More than two share it with no gain.
 
     Notes
     -----
@@ -109,19 +110,19 @@ class ImageReaderStage(Stage):
     remember a death in: there such an image ends the computation as Dask's ``KilledWorker``.
     """
 
-    dali_batch_size: int = 32
+    dali_batch_size: int | Literal["auto"] = "auto"
     num_threads: int | None = None
     max_pixels: int = MAX_PIXELS
     max_aspect_ratio: float = MAX_ASPECT_RATIO
     min_size: int = 1
     max_image_bytes: int = 256 * 1024**2
     text_columns: Sequence[str] = ()
-    num_gpus_per_worker: float = 1.0
+    num_gpus_per_worker: float = 0.5
 
     name: ClassVar[str] = "ImageReaderStage"
 
     def __post_init__(self) -> None:
-        check_count("dali_batch_size", self.dali_batch_size)
+        check_batch_size("dali_batch_size", self.dali_batch_size)
         if self.num_threads is not None:
             check_count("num_threads", self.num_threads)
         for name in ("max_pixels", "min_size", "max_image_bytes"):
@@ -181,7 +182,7 @@ def read_pixels(
     if len(too_large):
         yield too_large, _refused(nbytes[too_large], reader.max_image_bytes)
         wanted = np.setdiff1d(wanted, too_large)
-    size = reader.dali_batch_size
+    size = backend.batch_size(reader.dali_batch_size)
     threads = reader.num_threads or num_threads
     options: dict[str, Any] = {
         "batch_size": size,

@@ -1,0 +1,245 @@
+"""The transformer blocks of open_clip's image towers, written out so that they run fastest.
+
+open_clip's block calls ``nn.MultiheadAttention``, which checks much and whose products no other type can take the place
+of. :func:`prepare` puts blocks in its place that compute the same: four linear layers, and
+``scaled_dot_product_attention`` between the first and the second. They are compiled once for all layers, and their
+linear layers can multiply 8-bit floats. The last block computes the first token alone where no other is looked at, and
+the patches become tokens by a matrix product, which is faster than a convolution.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from imgcurate.errors import ConfigError
+
+__all__ = ["Float8Linear", "prepare"]
+
+logger = logging.getLogger(__name__)
+_E4M3: Final = torch.float8_e4m3fn
+_E4M3_MAX: Final = 448.0
+# Rows of a matrix product should begin at multiples of so many values.
+_ALIGNED: Final = 16
+_MOST_COMPILED: Final = 64
+_STEPS_OF_SCALE: Final = 8
+# So many blocks at the beginning, and what follows attention, lose most to 8-bit floats for the time they save.
+_EXACT_BLOCKS: Final = 2
+
+
+class Float8Linear(nn.Module):
+    """A linear layer whose inputs and weights are 8-bit floats (E4M3), and whose sums are float32.
+
+    Each row of the input and each row of the weight is scaled to the range of the type, inputs as they come.
+
+    Parameters
+    ----------
+    linear : nn.Linear
+        The layer to take the place of; both sizes a multiple of 16.
+
+    References
+    ----------
+    Micikevicius et al.: FP8 Formats for Deep Learning, 2022.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = _nearest_float8(linear.weight.detach())
+        self.weight: torch.Tensor
+        self.scale: torch.Tensor
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.t().contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output in the type of `x`, which is bfloat16."""
+        rows, scale = _to_float8(x.reshape(-1, x.shape[-1]))
+        out = torch._scaled_mm(
+            rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias,
+            out_dtype=x.dtype, use_fast_accum=True,
+        )  # fmt: skip
+        return out.view(*x.shape[:-1], -1)
+
+
+def _to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows as 8-bit floats, and the float32 factors of shape (n, 1) that they are to be multiplied by."""
+    rows = rows.float()
+    scale = (rows.abs().amax(dim=1, keepdim=True) / _E4M3_MAX).clamp(min=1e-12)
+    return (rows / scale).to(_E4M3), scale
+
+
+def _nearest_float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows as :func:`_to_float8` does, with the scales of an octave under which they are rounded least."""
+    best, scale = _to_float8(weight)
+    rows = weight.float()
+    error = ((best.float() * scale - rows) ** 2).sum(dim=1, keepdim=True)
+    first = scale
+    for step in range(1, _STEPS_OF_SCALE):
+        other = first * 2 ** (step / _STEPS_OF_SCALE)
+        rounded = (rows / other).to(_E4M3)
+        missed = ((rounded.float() * other - rows) ** 2).sum(dim=1, keepdim=True)
+        better = missed < error
+        # torch.where takes no 8-bit floats.
+        best = torch.where(better, rounded.float(), best.float()).to(_E4M3)
+        scale, error = torch.where(better, other, scale), torch.minimum(missed, error)
+    return best, scale
+
+
+class _Block(nn.Module):
+    """What open_clip's ``ResidualAttentionBlock`` computes, for images.
+
+    The sum with what the last layer gives is left to the next block, whose normalisation reads both anyway.
+    """
+
+    def __init__(self, block: Any, *, float8: bool = False, first_only: bool = False) -> None:
+        super().__init__()
+        linear = Float8Linear if float8 else _same
+        attention = block.attn
+        self.heads = attention.num_heads
+        self.first_only = first_only
+        self.ln_1, self.ln_2, self.ls_1, self.ls_2 = block.ln_1, block.ln_2, block.ls_1, block.ls_2
+        self.qkv = linear(_linear(attention.in_proj_weight, attention.in_proj_bias))
+        self.out = attention.out_proj
+        self.expand, self.activation = linear(block.mlp.c_fc), block.mlp.gelu
+        self.contract = linear(block.mlp.c_proj)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens after the block as two terms of a sum; `x` and `y` are those before it.
+
+        Tensors are (n, tokens, width); of the last block, if it says so, the first token alone is given.
+        """
+        x = x + y
+        mixed = self._attend(self.ln_1(x))
+        if self.first_only:
+            x = x[:, :1]
+        x = x + self.ls_1(self.out(mixed))
+        return x, self.ls_2(self.contract(self.activation(self.expand(self.ln_2(x)))))
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.first_only:
+            q = q[:, :, :1]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return mixed.transpose(1, 2).reshape(n, -1, width)
+
+
+class _Blocks(nn.Module):
+    """All blocks, in the place of open_clip's ``Transformer``."""
+
+    def __init__(self, blocks: list[_Block]) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the tokens after the last block; see :class:`_Block`."""
+        y = torch.zeros_like(x)
+        for block in self.resblocks:
+            x, y = block(x, y)
+        return x + y
+
+
+class _Patches(nn.Module):
+    """The convolution that makes tokens of patches which do not overlap, as one matrix product."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        width = conv.out_channels
+        self.side = conv.kernel_size
+        # Pixels by rows, then columns, then colours, as they lie in memory.
+        weight = conv.weight.detach().permute(0, 2, 3, 1).reshape(width, -1)
+        self.padding = -weight.shape[1] % _ALIGNED
+        self.weight = nn.Parameter(F.pad(weight, (0, self.padding)), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return tokens of shape (n, width, rows, columns) for pixels of shape (n, 3, height, width)."""
+        (n, channels, height, width), (a, b) = x.shape, self.side
+        rows, columns = height // a, width // b
+        patches = x.permute(0, 2, 3, 1).reshape(n, rows, a, columns, b * channels).transpose(2, 3)
+        tokens = F.linear(F.pad(patches.reshape(n, rows, columns, -1), (0, self.padding)), self.weight, self.bias)
+        return tokens.permute(0, 3, 1, 2)
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """Return a layer that has these parameters, without a copy."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    return layer
+
+
+def _same(linear: nn.Linear) -> nn.Module:
+    return linear
+
+
+def prepare(visual: Any, *, float8: bool = False, compiled: bool | Literal["auto"] = "auto") -> Any:
+    """Return an image tower with faster layers; what is given is not to be used any more.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        An image tower of open_clip, on its device, in its type. Of one that has not open_clip's own blocks only the
+        layout in memory is another then.
+    float8 : bool
+        Multiply 8-bit floats in the three large layers of all blocks but the first two; the tower has to be bfloat16.
+    compiled : bool or "auto"
+        Whether to compile, when the tower runs first; ``auto``: open_clip's own blocks on a GPU, where the tools for
+        it are there. A compiled tower has to be given batches of few sizes, each is compiled by itself.
+
+    Raises
+    ------
+    ConfigError
+        If `float8` is asked for and the tower is of another kind.
+    """
+    on_gpu = next(visual.parameters()).is_cuda
+    if not _is_known(visual):
+        if float8:
+            raise ConfigError(
+                f"precision='fp8' needs an image tower of open_clip's own transformer blocks, which this "
+                f"{type(visual).__name__} has not: use bf16"
+            )
+        visual = visual.to(memory_format=torch.channels_last)
+        if compiled is True:
+            visual.compile(dynamic=False)
+        return visual
+    old = list(visual.transformer.resblocks)
+    first_only = visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
+    blocks = [
+        _Block(b, float8=float8 and i >= _EXACT_BLOCKS, first_only=first_only and b is old[-1])
+        for i, b in enumerate(old)
+    ]
+    visual.transformer = _Blocks(blocks)
+    visual.conv1 = _Patches(visual.conv1)
+    if compiled == "auto" and on_gpu and (reason := _why_not_compiled()):
+        logger.warning("the model is not compiled, and a fifth slower than it could be: %s", reason)
+    elif compiled is True or (compiled == "auto" and on_gpu):
+        # Each model and each size of batches is one more.
+        torch._dynamo.config.recompile_limit = _MOST_COMPILED
+        for module in (*blocks, visual.conv1):
+            module.compile(dynamic=False)
+    return visual
+
+
+def _is_known(visual: Any) -> bool:
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+    return type(visual) is VisionTransformer and all(
+        type(block) is ResidualAttentionBlock and block.attn.batch_first and block.attn.in_proj_weight is not None
+        for block in visual.transformer.resblocks
+    )
+
+
+def _why_not_compiled() -> str | None:
+    """Return why models cannot be compiled for a GPU, in words; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "there is no C compiler (gcc or clang)"
+    return None
