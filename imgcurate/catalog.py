@@ -257,17 +257,20 @@ class Attempts:
     folder: str
     storage_options: StorageOptions | None = None
 
-    def begin(self, number: int) -> bool:
-        """Mark a partition, and tell if a former attempt has marked it and not ended."""
-        url = join_url(self.folder, part_name(number))
+    def begin(self, number: int, shard: int | None = None) -> bool:
+        """Mark a partition, or one of its shards, and tell if a former attempt has marked it and not ended."""
+        url = self._url(number, shard)
         if exists(url, self.storage_options):
             return True
         with atomic_write(url, self.storage_options):
             return False
 
-    def end(self, number: int) -> None:
+    def end(self, number: int, shard: int | None = None) -> None:
         """Take the mark off: the part is written, or an error was raised, which no image's decoder did."""
-        remove(join_url(self.folder, part_name(number)), self.storage_options)
+        remove(self._url(number, shard), self.storage_options)
+
+    def _url(self, number: int, shard: int | None) -> str:
+        return join_url(self.folder, part_name(number) if shard is None else f"{part_name(number)}.{shard}")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ __all__ = [
     "call_frame",
     "may_pass",
     "number_frame",
+    "reason_of",
     "result_frame",
     "run_on_client",
     "run_waves",
@@ -220,8 +221,8 @@ def may_pass(error: BaseException) -> bool:
     return is_out_of_memory(error)
 
 
-def _reason(error: BaseException) -> str:
-    """Return why a partition failed, in one line."""
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, in one line."""
     if isinstance(error, KilledWorker):
         return "the workers that ran it died again and again (out of memory, or a crash in a model or stage)"
     text = " ".join(str(error).split())[:_REASON_CHARACTERS]
@@ -366,7 +367,7 @@ class _Waves:
                 self._finish(number, result)
         elif may_pass(outcome) or (len(numbers) > 1 and self._max_failed):
             level = logging.INFO if self._suspects else logging.WARNING
-            logger.log(level, "%s: partition %d is tried again later: %s", self._phase, numbers[0], _reason(outcome))
+            logger.log(level, "%s: partition %d is tried again later: %s", self._phase, numbers[0], reason_of(outcome))
             self._suspects.update(dict.fromkeys(numbers, outcome))
             self._in_a_row += 1
         else:
@@ -383,7 +384,7 @@ class _Waves:
         if not may_pass(error) and self._max_failed == 0:
             raise error
         self._first = self._first or error
-        self._failed[number] = _reason(error) + note
+        self._failed[number] = reason_of(error) + note
         if self._report is not None:
             self._report[number] = self._failed[number]
         if not may_pass(error) and len(self._failed) > self._max_failed:

@@ -6,11 +6,13 @@ Every function is called on a worker, and returns a small result: :data:`COUNTS`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
 import dask.dataframe as dd
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,13 +21,22 @@ from imgcurate import schema
 from imgcurate.backend import Backend
 from imgcurate.catalog import Catalog
 from imgcurate.dedup.verdicts import Ledger
-from imgcurate.execution import COUNTS, RESULT_META, number_frame, result_frame
+from imgcurate.execution import COUNTS, RESULT_META, number_frame, reason_of, result_frame
 from imgcurate.export import kept_counts
 from imgcurate.stages.executor import Program, frame_types
 from imgcurate.success import file_digest
 
-__all__ = ["FILE", "count_part", "deltas", "failed_parts", "finish_part", "made_parts", "reset_part", "write_decided"]
-
+__all__ = [
+    "FILE",
+    "count_part",
+    "deltas",
+    "failed_parts",
+    "finish_part",
+    "made_parts",
+    "reset_part",
+    "salvaged_parts",
+    "write_decided",
+]
 
 FILE: Final = "file"
 
@@ -102,6 +113,62 @@ def write_decided(number: int, ledger: Ledger, catalog: Catalog, out: pa.Schema)
     return {COUNTS: kept_counts(table)}
 
 
+def salvaged_parts(
+    ddf: dd.DataFrame,
+    numbers: Sequence[int],
+    catalog: Catalog,
+    program: Program | None,
+    out: pa.Schema,
+    reasons: Mapping[int, str],
+) -> dd.DataFrame:
+    """Return the frame that writes partitions which failed, shard by shard: only those that fail alone have failed.
+
+    A shard whose worker died is not tried again. The `reasons` are those of the partitions, and hold where a partition
+    is one shard.
+    """
+    types = frame_types(ddf)
+    in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
+    return dd.map_partitions(
+        _salvage_part, ddf, number_frame(numbers), catalog, program, in_schema, out, {n: reasons[n] for n in numbers},
+        meta=RESULT_META, align_dataframes=False, enforce_metadata=False,
+    )  # fmt: skip
+
+
+def _salvage_part(
+    frame: Any,
+    numbers: pd.DataFrame,
+    catalog: Catalog,
+    program: Program | None,
+    in_schema: pa.Schema,
+    out: pa.Schema,
+    reasons: Mapping[int, str],
+) -> pd.DataFrame:
+    number, table = _number(numbers), _table(frame, in_schema)
+    shards = _shards(table)
+    if len(shards) == 1 or program is None:
+        return _write_failed_rows(number, _failed(table, out, f"the partition failed: {reasons[number]}"), catalog)
+    isolated = program.decodes and catalog.attempts.begin(number)
+    made = []
+    for k, rows in enumerate(shards):
+        if catalog.attempts.begin(number, k):
+            made.append(_failed(rows, out, "the shard failed: its workers died"))
+            continue
+        try:
+            done = program.run(rows, isolated=isolated).select(out.names).cast(out)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is the reason of these rows
+            done = _failed(rows, out, f"the shard failed: {reason_of(exc)}")
+        catalog.attempts.end(number, k)
+        made.append(done)
+    return _write_failed_rows(number, pa.concat_tables(made), catalog)
+
+
+def _shards(table: pa.Table) -> list[pa.Table]:
+    """Return the rows of each shard of a partition, which stand together."""
+    encoded = table[schema.SHARD].combine_chunks().dictionary_encode().indices.to_numpy()
+    starts = [0, *(np.flatnonzero(np.diff(encoded)) + 1).tolist(), len(table)]
+    return [table.slice(start, stop - start) for start, stop in itertools.pairwise(starts)]
+
+
 def failed_parts(
     ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, out: pa.Schema, reasons: Mapping[int, str]
 ) -> dd.DataFrame:
@@ -123,11 +190,19 @@ def _write_failed(
     reasons: Mapping[int, str],
 ) -> pd.DataFrame:
     number, table = _number(numbers), _table(frame, in_schema)
+    return _write_failed_rows(number, _failed(table, out, f"the partition failed: {reasons[number]}"), catalog)
+
+
+def _failed(table: pa.Table, out: pa.Schema, reason: str) -> pa.Table:
+    """Return rows as they are after the first phase if they failed; those that had left before keep their reason."""
     was_ok = pc.equal(table[schema.STATUS], schema.STATUS_OK)
-    columns = {f.name: table[f.name] if f.name in in_schema.names else pa.nulls(len(table), f.type) for f in out}
+    columns = {f.name: table[f.name] if f.name in table.column_names else pa.nulls(len(table), f.type) for f in out}
     columns[schema.STATUS] = pc.if_else(was_ok, schema.STATUS_FAILED, table[schema.STATUS])
-    columns[schema.REASON] = pc.if_else(was_ok, f"the partition failed: {reasons[number]}", table[schema.REASON])
-    table = pa.table(columns).cast(out)
+    columns[schema.REASON] = pc.if_else(was_ok, reason, table[schema.REASON])
+    return pa.table(columns).cast(out)
+
+
+def _write_failed_rows(number: int, table: pa.Table, catalog: Catalog) -> pd.DataFrame:
     catalog.write_part(number, table)
     catalog.attempts.end(number)
     return result_frame(number, {COUNTS: kept_counts(table)})

@@ -33,13 +33,14 @@ from imgcurate.parts import (
     finish_part,
     made_parts,
     reset_part,
+    salvaged_parts,
     write_decided,
 )
 from imgcurate.plan import Phase, Plan
 from imgcurate.preflight import check_storage, check_versions
 from imgcurate.results import Result
 from imgcurate.stages.base import DatasetStage, Stage, columns_added
-from imgcurate.stages.executor import apply_stages, make_program
+from imgcurate.stages.executor import Program, apply_stages, make_program
 from imgcurate.storage import exclusive, exists, join_url, list_files, make_folder, remove_temporary_files, remove_tree
 from imgcurate.success import FileDigest, Success, file_digest
 
@@ -234,9 +235,21 @@ class Run:
         )  # fmt: skip
         if failed:
             for number, reason in failed.items():
-                logger.warning("partition %d failed and is left out: %s", number, reason)
+                logger.warning("partition %d failed: %s", number, reason)
+            left: dict[int, str] = {}
+            self._made |= run_waves(
+                self.client, partial(self._salvaged_parts, catalog=catalog, failed=failed), sorted(failed),
+                phase="shards of failed partitions", resources=self._resources(), progress=self.progress,
+                max_failed=len(failed), failed=left,
+            )  # fmt: skip
             rows = partial(self._failed_parts, catalog=catalog, failed=failed)
-            self._made |= self._waves("failed", sorted(failed), rows)
+            self._made |= self._waves("failed", sorted(left), rows)
+
+    def _salvaged_parts(self, numbers: list[int], catalog: Catalog, failed: dict[int, str]) -> dd.DataFrame:
+        """Return the frame that makes of partitions that failed what it can."""
+        ddf, program = self._first_frame(numbers)
+        out = schema.arrow_schema(self._columns(self.plan.phases[0]), self.types)
+        return salvaged_parts(ddf, numbers, catalog, program, out, failed)
 
     def _failed_parts(self, numbers: list[int], catalog: Catalog, failed: dict[int, str]) -> dd.DataFrame:
         """Return the frame that writes the index of some partitions, and why they have nothing else."""
@@ -253,6 +266,10 @@ class Run:
 
     def _first_phase(self, numbers: list[int], catalog: Catalog) -> dd.DataFrame:
         """Return the frame that reads, decodes, scores and writes partitions: one task each."""
+        ddf, program = self._first_frame(numbers)
+        return made_parts(ddf, numbers, catalog, program)
+
+    def _first_frame(self, numbers: list[int]) -> tuple[dd.DataFrame, Program | None]:
         ddf = self.origin.frame(numbers, self.device)
         stages = self.plan.phases[0].batch_stages
         program = None
@@ -260,7 +277,7 @@ class Run:
             program = make_program(
                 ddf, stages, reader=self.origin.reader, device=self.device, storage_options=self.origin.options
             )
-        return made_parts(ddf, numbers, catalog, program)
+        return ddf, program
 
     def _later_phase(self, phase: Phase, missing: Sequence[int], before: Catalog, after: Catalog) -> None:
         """Write the deltas of a later phase that are missing."""

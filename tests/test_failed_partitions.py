@@ -7,13 +7,19 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
+import pandas as pd
 import pytest
 from distributed import Client
 
-from imgcurate import ImageBatch, Pipeline, PixelView, ProcessingStage
+from imgcurate import ImageBatch, Pipeline, PixelView, ProcessingStage, parts
+from imgcurate.backend import Backend
+from imgcurate.catalog import Catalog
 from imgcurate.cluster import open_client
 from imgcurate.demo import make_demo_shards
 from imgcurate.errors import ClusterError, ConfigError, ImgcurateError
+from imgcurate.frame import read_group
+from imgcurate.shards import Shard
 from imgcurate.stages import (
     FilePartitioningStage,
     ImageEmbeddingStage,
@@ -21,6 +27,7 @@ from imgcurate.stages import (
     ImageWriterStage,
     SemanticDedupStage,
 )
+from imgcurate.stages.executor import Program
 
 
 class Trap(ProcessingStage):
@@ -43,7 +50,11 @@ class Trap(ProcessingStage):
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with open_client(device="cpu", n_workers=2, dashboard_address=None) as client:
+    # Two workers die of a partition instead of four.
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        open_client(device="cpu", n_workers=2, dashboard_address=None) as client,
+    ):
         yield client
 
 
@@ -54,9 +65,9 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pipeline(tars: Path, *stages: ProcessingStage) -> Pipeline:
+def pipeline(tars: Path, *stages: ProcessingStage, files: int = 1) -> Pipeline:
     return Pipeline([
-        FilePartitioningStage(str(tars / "*.tar")), ImageReaderStage(), *stages,
+        FilePartitioningStage(str(tars / "*.tar"), files), ImageReaderStage(), *stages,
         ImageEmbeddingStage(model="tiny-image"), SemanticDedupStage(), ImageWriterStage(images_per_tar=100),
     ])  # fmt: skip
 
@@ -94,6 +105,44 @@ def test_a_partition_that_may_fail_costs_itself_alone(tars, tmp_path, client, ho
     assert "failed" not in whole.counts
     trapped.run(str(tmp_path / "WHOLE"), client=client)
     assert files_of(out) == files_of(tmp_path / "WHOLE")
+
+
+def test_of_a_partition_that_may_fail_the_healthy_shards_are_kept(tars, tmp_path, client) -> None:
+    armed = tmp_path / "armed"
+    armed.touch()
+    trapped = pipeline(tars, Trap("raise", ["00001.tar"], str(armed)), files=4)
+    result = trapped.run(str(tmp_path / "OUT"), client=client, max_failed=1)
+    apart = pipeline(tars, Trap("raise", ["00001.tar"], str(armed)))
+    expected = apart.run(str(tmp_path / "APART"), client=client, max_failed=1)
+    assert result.counts == expected.counts
+    columns = ["key", "status", "embedding", "duplicate_of"]
+    catalog, other = (r.catalog.compute().sort_values("uid").reset_index(drop=True) for r in (result, expected))
+    assert catalog[columns].equals(other[columns])
+    failed = catalog[catalog.status == "failed"]
+    assert set(failed.shard.map(lambda s: Path(s).name)) == {"00001.tar"}
+    assert failed.reason.str.match("the shard failed: stage trap: ZeroDivisionError: a bug").all()
+    armed.unlink()
+    whole = trapped.run(str(tmp_path / "OUT"), client=client, max_failed=1, retry_failed=True)
+    assert "failed" not in whole.counts
+
+
+def test_a_shard_whose_worker_died_is_not_tried_again(tars, tmp_path) -> None:
+    shards = [Shard(str(path)) for path in sorted(tars.glob("*.tar"))]
+    table = read_group(tuple(enumerate(shards)))
+    program = Program((Trap("raise", [], ""),), ImageReaderStage(), "cpu")
+    out = program.output_schema(table.column_names, {f.name: f.type for f in table.schema})
+    catalog = Catalog(str(tmp_path), 1)
+    catalog.make_folders()
+    # So a task leaves it that died while it was at the third shard.
+    catalog.attempts.begin(0, 2)
+    frame = Backend("cpu").frame_from_arrow(table)
+    parts._salvage_part(frame, pd.DataFrame({"number": [0]}), catalog, program, table.schema, out, {0: "it died"})
+    rows = catalog.read(0).to_pandas()
+    failed = rows[rows.status == "failed"]
+    assert len(rows) == len(table)
+    assert set(failed.shard) == {shards[2].url}
+    assert set(failed.reason) == {"the shard failed: its workers died"}
+    assert (rows[rows.shard != shards[2].url].status == "ok").any()
 
 
 def test_more_that_fail_than_may_end_the_run(tars, tmp_path, client) -> None:

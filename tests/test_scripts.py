@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import held
 import pytest
 import yaml
 
@@ -40,10 +41,9 @@ exec sh -c "$*"
 
 @pytest.fixture
 def many(shards: Path, tmp_path: Path) -> Path:
-    """Return a folder of shards that takes some seconds."""
     folder = tmp_path / "in"
     folder.mkdir()
-    for k in range(48):
+    for k in range(8):
         shutil.copy(shards / f"{k % 4:05d}.tar", folder / f"{k:05d}.tar")
     return folder
 
@@ -141,8 +141,10 @@ def test_a_slurm_job(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_slurm_job_near_its_time_limit_is_queued_again(many: Path, tmp_path: Path) -> None:
-    env, out = slurm(tmp_path), tmp_path / "OUT"
-    process = start("slurm.sbatch", *curate(many, out), env=env, cwd=tmp_path)
+    out, hold = tmp_path / "OUT", tmp_path / "hold"
+    env = held.environment(hold, out, slurm(tmp_path))
+    command = ["run", held.write_run(tmp_path, many), "-o", out, "-q"]
+    process = start("slurm.sbatch", *command, env=env, cwd=tmp_path)
     wait_for_parts(out, process)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=100)
@@ -150,10 +152,11 @@ def test_a_slurm_job_near_its_time_limit_is_queued_again(many: Path, tmp_path: P
     assert "run the same command again to go on" in err
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert left_over(str(tmp_path)) == []
-    again = start("slurm.sbatch", *curate(many, out), env=env, cwd=tmp_path)
+    hold.unlink()
+    again = start("slurm.sbatch", *command, env=env, cwd=tmp_path)
     text, err = again.communicate(timeout=200)
     assert again.returncode == 0, err
-    assert "864 samples in" in text
+    assert "144 samples in" in text
 
 
 def ssh(tmp_path: Path) -> dict[str, str]:
@@ -181,11 +184,13 @@ def test_ssh_cluster(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
 def test_ssh_cluster_that_is_ended_leaves_nothing(number: int, code: int, many: Path, tmp_path: Path) -> None:
-    env = ssh(tmp_path)
-    process = start("ssh_cluster", "node-a", "node-b", "--", *curate(many, tmp_path / "OUT"), env=env, cwd=tmp_path)
+    env = held.environment(tmp_path / "hold", tmp_path / "OUT", ssh(tmp_path))
+    command = ["run", held.write_run(tmp_path, many), "-o", tmp_path / "OUT", "-q"]
+    process = start("ssh_cluster", "node-a", "node-b", "--", *command, env=env, cwd=tmp_path)
     wait_for_parts(tmp_path / "OUT", process)
     process.send_signal(number)
     process.wait(60)
+    (tmp_path / "hold").unlink()
     assert process.returncode == code
     # Of a script that is killed the client remains, until it notices that the scheduler is gone.
     assert [c for c in left_over(f":{env['IMGCURATE_PORT']} ") if "imgcurate" not in c] == []
