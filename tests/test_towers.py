@@ -42,14 +42,15 @@ def images(n: int = 5, side: int = 56) -> torch.Tensor:
     [
         {}, {"quick_gelu": True}, {"pool_type": "avg"}, {"final_ln_after_pool": True}, {"ls_init_value": 0.1},
         {"no_ln_pre": True}, {"patch_size": 28}, {"layers": 1}, {"output_tokens": True},
-        {"attentional_pool": True, "attn_pooler_heads": 2}, {"image_size": (56, 28)},
+        {"attentional_pool": True, "attn_pooler_heads": 2}, {"image_size": (56, 28)}, {"image_size": 60},
     ],
 )  # fmt: skip
 def test_prepared_towers_compute_the_same(changes: dict[str, Any]) -> None:
     theirs = tower(**changes)
     ours = prepare(copy.deepcopy(theirs))
     assert isinstance(ours.transformer.resblocks[0], towers._Block)
-    x = images()[:, :, :, : 28 if "image_size" in changes else None]
+    height, width = (60, 60) if changes.get("image_size") == 60 else changes.get("image_size", (56, 56))
+    x = images(side=height)[:, :, :, :width]
     torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=1e-4)
 
 

@@ -163,7 +163,9 @@ class _Patches(nn.Module):
         """Return tokens of shape (n, width, rows, columns) for pixels of shape (n, 3, height, width)."""
         (n, channels, height, width), (a, b) = x.shape, self.side
         rows, columns = height // a, width // b
-        patches = x.permute(0, 2, 3, 1).reshape(n, rows, a, columns, b * channels).transpose(2, 3)
+        # As of a convolution, what is left beside whole patches is not looked at.
+        whole = x[:, :, : rows * a, : columns * b]
+        patches = whole.permute(0, 2, 3, 1).reshape(n, rows, a, columns, b * channels).transpose(2, 3)
         tokens = F.linear(F.pad(patches.reshape(n, rows, columns, -1), (0, self.padding)), self.weight, self.bias)
         return tokens.permute(0, 3, 1, 2)
 
@@ -218,7 +220,7 @@ def prepare(visual: Any, *, float8: bool = False, compiled: bool | Literal["auto
     visual.transformer = _Blocks(blocks)
     visual.conv1 = _Patches(visual.conv1)
     if compiled == "auto" and on_gpu and (reason := _why_not_compiled()):
-        logger.warning("the model is not compiled, and a fifth slower than it could be: %s", reason)
+        logger.warning("the model is not compiled, and slower than it could be: %s", reason)
     elif compiled is True or (compiled == "auto" and on_gpu):
         # Each model and each size of batches is one more.
         torch._dynamo.config.recompile_limit = _MOST_COMPILED
