@@ -9,12 +9,17 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 from PIL import Image
 
 from imgcurate.backend import Backend, get_backend, why_no_gpu
+
+# A machine that does much else is slow now and then.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 Samples = Sequence[tuple[str, Mapping[str, bytes]]]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from imgcurate import ImageBatch, PixelView, ProcessingStage
 
 HELD_BY = "IMGCURATE_TEST_HELD_BY"
+# A worker that is to end waits for its task.
+_LONGEST_S = 8.0
 
 
 class Hold(ProcessingStage):
@@ -24,7 +26,8 @@ class Hold(ProcessingStage):
         hold = Path(os.environ[HELD_BY])
         with contextlib.suppress(FileNotFoundError):
             catalog = Path(hold.read_text())
-            while hold.exists() and len(list(catalog.glob("part-*.parquet"))) >= 2:
+            end = time.monotonic() + _LONGEST_S
+            while hold.exists() and len(list(catalog.glob("part-*.parquet"))) >= 2 and time.monotonic() < end:
                 time.sleep(0.05)
         return batch
 
