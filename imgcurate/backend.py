@@ -48,6 +48,7 @@ __all__ = [
     "is_out_of_memory",
     "lazy_frame",
     "list_array",
+    "spread_rows",
     "why_no_gpu",
 ]
 

@@ -174,7 +174,7 @@ def dedup_embeddings(
             if (finished := run.finished(overwrite=overwrite)) is not None:
                 return finished
             check_storage(client, folder, files.parts[0].url if files.parts else None, storage_options)
-        return run.execute(client_runner(client, progress), overwrite=overwrite)
+        return run.execute(client_runner(client, progress, run.device), overwrite=overwrite)
 
 
 def _config(eps: float, reference: Sequence[str], parameters: dict[str, Any]) -> DedupConfig:

@@ -12,7 +12,7 @@ from imgcurate import ImageBatch, PixelView, ProcessingStage
 
 HELD_BY = "IMGCURATE_TEST_HELD_BY"
 # A worker that is to end waits for its task.
-_LONGEST_S = 8.0
+_LONGEST_S = 4.0
 
 
 class Hold(ProcessingStage):

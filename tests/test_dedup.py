@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imgcurate.backend import Backend
+from imgcurate.backend import Backend, spread_rows
 from imgcurate.dedup import DedupConfig, dedup_arrays
 from imgcurate.dedup import kmeans as kmeans_module
 from imgcurate.dedup import similarity as similarity_module
@@ -155,6 +155,20 @@ def test_the_spread_of_noise_has_all_dimensions_and_that_of_a_plane_two(backend:
     assert fit_clustering(plane, 4, DedupConfig(), backend).dimensions == 2
     assert fit_clustering(plane[:1], 1, DedupConfig(), backend).dimensions == 1
     assert fit_clustering(np.repeat(plane[:1], 9, axis=0), 1, DedupConfig(), backend).dimensions == 1
+
+
+def test_k_means_starts_from_rows_that_are_spread(backend: Backend) -> None:
+    x = groups(8, 50, spread=0.01)
+
+    def seeds(rows: np.ndarray, n: int) -> np.ndarray:
+        return backend.to_host(spread_rows(backend.asarray(rows), n, 1))
+
+    # One of each group; eight rows drawn at random would be so once in four hundred times.
+    picked = seeds(x, 8)
+    assert (picked @ picked.T - 2 * np.eye(8)).max() < 0.9
+    assert all((x == row).all(axis=1).any() for row in picked)
+    np.testing.assert_array_equal(seeds(x, 8), picked)
+    np.testing.assert_array_equal(seeds(np.repeat(x[:5], 20, axis=0), 10), np.unique(x[:5], axis=0))
 
 
 def test_assign_breaks_ties_by_the_lower_index(backend: Backend) -> None:

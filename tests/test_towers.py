@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -94,10 +93,7 @@ def test_float8_needs_a_gpu() -> None:
         OpenClipEncoder(EncoderSpec("ViT-S-32-alt", "random", precision="fp8"), CPU)
 
 
-def test_without_a_compiler_a_model_is_not_compiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
+def test_why_a_model_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(towers.shutil, "which", lambda name: None)
     monkeypatch.setattr(towers.importlib.util, "find_spec", lambda name: "found")
     assert towers._why_not_compiled() == "there is no C compiler (gcc or clang)"

@@ -96,9 +96,9 @@ def _decided_frame(ledger: Ledger, device: str, columns: Sequence[str]) -> dd.Da
     )  # fmt: skip
 
 
-def client_runner(client: Client, progress: Progress | None) -> TaskRunner:
-    """Return what runs the steps of a job on a cluster."""
-    share = gpu_share(client, _GPU_SHARE)
+def client_runner(client: Client, progress: Progress | None, device: str = "cpu") -> TaskRunner:
+    """Return what runs the steps of a job on a cluster; on the device ``gpu`` each takes a share of one."""
+    share = gpu_share(client, _GPU_SHARE) if device == "gpu" else None
 
     def run_tasks(
         step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False

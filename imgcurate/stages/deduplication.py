@@ -151,7 +151,7 @@ class SemanticDedupStage(DatasetStage):
         """Process a catalog, with checkpoints in `scratch_dir`; the way that :class:`Pipeline` takes."""
         references = _references(self.reference, before)
         job = CatalogDedup(before, self.config, scratch_dir, device, references)
-        run_tasks = client_runner(client, progress)
+        run_tasks = client_runner(client, progress, device)
         removed = job.run(run_tasks)
         save_summary(job, removed, join_url(before.folder, "dedup"))
         ledger = Ledger(job)
