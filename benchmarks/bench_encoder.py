@@ -112,7 +112,7 @@ class Plain:
 
     def __init__(self, model: str, backend: Backend, size: int) -> None:
         ours = OpenClipEncoder(EncoderSpec(model, "random", batch_size=size), backend)
-        self._dtype, self._scale, self._shift, self._size = ours._dtype, ours._scale, ours._shift, size
+        self._dtype, self._scale, self._shift, self._size = ours.dtype, ours._scale, ours._shift, size
         tower = clip_weights.load(clip_weights.find(model, "random")).visual
         self._visual = tower.to(device=backend.torch_device, dtype=self._dtype).eval()
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from imgcurate.frame import read_webdataset
     from imgcurate.pipeline import Pipeline, Result
     from imgcurate.refiltering import refilter
+    from imgcurate.report.page import make_report
     from imgcurate.stages import (
         DatasetStage,
         ExactDedupStage,
@@ -59,6 +60,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "Result": "pipeline",
     "refilter": "refiltering",
+    "make_report": "report",
     "DedupedEmbeddings": "standalone",
     "dedup_embeddings": "standalone",
     "Verification": "verification",
@@ -112,6 +114,7 @@ __all__ = [
     "dedup_embeddings",
     "embed",
     "exact_dedup",
+    "make_report",
     "open_client",
     "perceptual_dedup",
     "read_webdataset",

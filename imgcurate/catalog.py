@@ -205,6 +205,8 @@ class Manifest:
         ``sidecar_columns``, ``text_columns``; or ``refilter``, the folder of the run that was decided anew.
     exporting : bool
         Whether the shards that are there are of this run as it is decided now.
+    timeline : list of [float, int]
+        Of the phase that decodes, since the run began or went on last: seconds, and samples done until then.
     """
 
     fingerprint: str
@@ -218,6 +220,7 @@ class Manifest:
     increments: list[int] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
     exporting: bool = False
+    timeline: list[tuple[float, int]] = field(default_factory=list)
 
     def save(self, folder: str, storage_options: StorageOptions | None = None) -> None:
         """Write ``folder/manifest.json`` atomically."""

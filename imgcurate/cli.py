@@ -21,6 +21,7 @@ from imgcurate.console import (
     Output,
     Overwrite,
     Quiet,
+    Report,
     Resume,
     RetryFailed,
     Scheduler,
@@ -166,6 +167,7 @@ def curate(
     resume: Resume = False,
     max_failed: MaxFailed = None,
     retry_failed: RetryFailed = False,
+    report: Report = None,
     quiet: Quiet = False,
 ) -> None:
     """Curate shards: embed, score, filter, remove duplicates, write what is kept."""
@@ -217,7 +219,7 @@ def curate(
     result = run_command(
         partial(pipeline.run, output), device=device, n_workers=workers, scheduler=scheduler,
         tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite, resume=resume, max_failed=max_failed or 0,
-        retry_failed=retry_failed, quiet=quiet,
+        retry_failed=retry_failed, report=report, quiet=quiet,
     )  # fmt: skip
     typer.echo(result.accounting())
 
@@ -236,6 +238,7 @@ def run(
     resume: Resume = False,
     max_failed: MaxFailed = None,
     retry_failed: RetryFailed = False,
+    report: Report = None,
     quiet: Quiet = False,
 ) -> None:
     """Run a pipeline that a YAML file describes."""
@@ -251,7 +254,7 @@ def run(
         partial(stages.run, output), device=device or config.device, n_workers=workers or config.workers,
         scheduler=scheduler or config.scheduler, tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite,
         resume=resume, max_failed=max_failed if max_failed is not None else config.max_failed,
-        retry_failed=retry_failed, quiet=quiet,
+        retry_failed=retry_failed, report=report, quiet=quiet,
     )  # fmt: skip
     typer.echo(result.accounting())
 

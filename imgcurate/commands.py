@@ -1,4 +1,4 @@
-"""The commands that look at inputs and at what runs left: ``refilter dedup inspect verify``."""
+"""The commands that look at inputs and at what runs left: ``report refilter dedup inspect verify``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from imgcurate.console import (
     Output,
     Overwrite,
     Quiet,
+    Report,
     Resume,
     Scheduler,
     StorageOption,
@@ -32,7 +33,7 @@ from imgcurate.console import (
 )
 from imgcurate.errors import printable
 
-__all__ = ["dedup", "inspect", "refilter", "verify"]
+__all__ = ["dedup", "inspect", "refilter", "report", "verify"]
 
 _MAX_SHARD_ROWS: Final = 50
 _MAX_PROBLEM_ROWS: Final = 20
@@ -69,6 +70,7 @@ def refilter(
     tls_key: TlsKey = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    report: Report = None,
     quiet: Quiet = False,
 ) -> None:
     """Decide a finished run anew, without decoding an image: what is not given stays as it was."""
@@ -101,9 +103,26 @@ def refilter(
     result = run_command(
         partial(decide, run, output, given, storage_options=storage_options(storage_option or [])),
         device=device, n_workers=workers, scheduler=scheduler, tls=(tls_ca_file, tls_cert, tls_key),
-        overwrite=overwrite, resume=resume, quiet=quiet,
+        overwrite=overwrite, resume=resume, report=report, quiet=quiet,
     )  # fmt: skip
     typer.echo(result.accounting())
+
+
+@app.command(epilog="Example: imgcurate report OUT --output report.html")
+def report(
+    run: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
+    output: Annotated[str | None, typer.Option("-o", "--output", help="The page. [default: OUT/report.html]")] = None,
+    show_nsfw: Annotated[
+        bool, typer.Option("--show-nsfw", help="Do not blur pictures with a high nsfw_score.")
+    ] = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Make the report of a run again: one HTML page with pictures of what stayed and what left."""
+    from imgcurate.config import storage_options
+    from imgcurate.report import make_report
+
+    options = storage_options(storage_option or [])
+    typer.echo(make_report(run, output, show_nsfw=show_nsfw, storage_options=options))
 
 
 @app.command(epilog="Example: imgcurate dedup embeddings.parquet -o OUT --id-field id --eps 0.05")

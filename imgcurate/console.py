@@ -21,6 +21,7 @@ __all__ = [
     "Output",
     "Overwrite",
     "Quiet",
+    "Report",
     "Resume",
     "RetryFailed",
     "Scheduler",
@@ -37,7 +38,7 @@ __all__ = [
     "security",
 ]
 
-_ORDER: Final = ("demo", "curate", "run", "refilter", "verify", "inspect", "dedup")
+_ORDER: Final = ("demo", "curate", "run", "report", "refilter", "verify", "inspect", "dedup")
 
 
 class _InOrder(TyperGroup):
@@ -75,6 +76,9 @@ StorageOption = Annotated[
     ),
 ]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the accounting alone.")]
+Report = Annotated[
+    bool | None, typer.Option("--report/--no-report", help="Make OUT/report.html at the end; the default.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder: it has to be there.")]
 MaxFailed = Annotated[
     int | None, typer.Option(min=0, help="Partitions that may fail; their samples are 'failed' rows. Default: 0.")

@@ -13,7 +13,7 @@ from imgcurate.success import Success
 __all__ = ["difference", "find_run", "grown", "open_run"]
 
 _FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
-_FILES: Final = ("kept.parquet", "removed.parquet")
+_FILES: Final = ("kept.parquet", "removed.parquet", "report.html")
 _MIN_FREE_BYTES: Final = 64 * 1024**2
 
 

@@ -66,6 +66,7 @@ class Pipeline:
         resume: bool = False,
         max_failed: int = 0,
         retry_failed: bool = False,
+        report: bool | None = None,
         progress: Progress | None = None,
     ) -> Result:
         """Run the pipeline, or go on with a run that was stopped.
@@ -98,6 +99,9 @@ class Pipeline:
             fail, the run ends with an error once all others are done, and can go on.
         retry_failed : bool
             Try the partitions again that failed in a run which is done.
+        report : bool, optional
+            Whether ``report.html`` is made at the end; by default unless the environment variable
+            ``IMGCURATE_REPORT`` is ``0``.
         progress : callable, optional
             Called as partitions end.
 
@@ -133,7 +137,7 @@ class Pipeline:
         )  # fmt: skip
         return run.start(
             client=client, scheduler=scheduler, security=security, device=device, n_workers=n_workers,
-            overwrite=overwrite, resume=resume,
+            overwrite=overwrite, resume=resume, report=report,
         )  # fmt: skip
 
     def _described(self) -> list[dict[str, Any]]:

@@ -67,6 +67,7 @@ def refilter(
     n_workers: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    report: bool | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Decide a finished run anew, and write the shards of what is kept now into another folder.
@@ -84,7 +85,7 @@ def refilter(
         and ``ImageWriterStage`` everything. A deduplication that the run did not have is added at its end.
     storage_options : mapping, optional
         Passed to fsspec for the inputs of the run.
-    client, scheduler, security, device, n_workers, overwrite, resume, progress
+    client, scheduler, security, device, n_workers, overwrite, resume, report, progress
         As in :meth:`Pipeline.run`.
 
     Returns
@@ -118,7 +119,7 @@ def refilter(
     execution = Run(plan, lambda: [r.config for r in decided], origin, output_dir, progress)
     return execution.start(
         client=client, scheduler=scheduler, security=security, device=device, n_workers=n_workers,
-        overwrite=overwrite, resume=resume,
+        overwrite=overwrite, resume=resume, report=report,
     )  # fmt: skip
 
 

@@ -38,11 +38,22 @@ from imgcurate.parts import (
 )
 from imgcurate.plan import Phase, Plan
 from imgcurate.preflight import check_storage, check_versions
+from imgcurate.report import REPORT, is_wanted, make_report
 from imgcurate.results import Result
 from imgcurate.stages.base import DatasetStage, Stage, columns_added
 from imgcurate.stages.executor import Program, apply_stages, make_program
-from imgcurate.storage import exclusive, exists, join_url, list_files, make_folder, remove_temporary_files, remove_tree
+from imgcurate.storage import (
+    exclusive,
+    exists,
+    join_url,
+    list_files,
+    make_folder,
+    remove,
+    remove_temporary_files,
+    remove_tree,
+)
 from imgcurate.success import FileDigest, Success, file_digest
+from imgcurate.timeline import Timeline
 
 __all__ = ["Run"]
 
@@ -88,6 +99,8 @@ class Run:
         self.types = plan.types | origin.types
         self.timings_s: dict[str, float] = {}
         self._made: dict[int, dict[str, Any]] = {}
+        self._timeline: list[tuple[float, int]] = []
+        self._executed = False
         origin.arrange(Manifest.load(folder))
 
     def start(
@@ -100,8 +113,27 @@ class Run:
         n_workers: int | None,
         overwrite: bool,
         resume: bool,
+        report: bool | None = None,
     ) -> Result:
         """Do what is missing of the run on a cluster, and return its result; see :meth:`Pipeline.run`."""
+        result = self._run(client, scheduler, security, device, n_workers, overwrite=overwrite, resume=resume)
+        if is_wanted(report) and (self._executed or not exists(join_url(self.folder, REPORT))):
+            self._report()
+        return result
+
+    def _report(self) -> None:
+        """Make the report; a run without one is done all the same."""
+        try:
+            make_report(self.folder, storage_options=self.origin.options)
+        except Exception as exc:
+            logger.warning("no report was made: %s: %s", type(exc).__name__, exc, exc_info=logger.isEnabledFor(10))
+        if self.progress is not None:
+            self.progress("report", 1, 1, {})
+
+    def _run(
+        self, client: Client | None, scheduler: str | None, security: Security | None, device: str,
+        n_workers: int | None, *, overwrite: bool, resume: bool,
+    ) -> Result:  # fmt: skip
         with contextlib.ExitStack() as stack:
             if client is None and scheduler is None:
                 self.device = get_backend(device).name
@@ -154,6 +186,8 @@ class Run:
         if manifest.state == "growing":
             self._take_back(catalog, manifest)
         if manifest.state != "done":
+            self._executed = True
+            remove(join_url(self.folder, REPORT))
             catalog = self._run_phases(catalog)
             counts = self._count(catalog)
             manifest.counts, manifest.samples = dict(sorted(counts.items())), sum(counts.values())
@@ -183,7 +217,7 @@ class Run:
         for name in list_files(dedup, ""):
             files[f"dedup/{name}"] = file_digest(join_url(dedup, name))
         Success(manifest.fingerprint, manifest.samples, manifest.counts, dict(sorted(files.items()))).save(self.folder)
-        manifest.state, manifest.timings_s = "done", self.timings_s
+        manifest.state, manifest.timings_s, manifest.timeline = "done", self.timings_s, self._timeline
         manifest.save(self.folder)
 
     def _result(self, manifest: Manifest) -> Result:
@@ -229,10 +263,12 @@ class Run:
     def _read(self, phase: Phase, catalog: Catalog) -> None:
         """Make the parts that are missing; rows of partitions that may fail, and do, say why."""
         failed: dict[int, str] = {}
+        timeline = Timeline(self.progress)
         self._made = run_waves(
             self.client, partial(self._first_phase, catalog=catalog), catalog.missing_parts(), phase=phase.label,
-            resources=self._resources(), progress=self.progress, max_failed=self.max_failed, failed=failed,
+            resources=self._resources(), progress=timeline, max_failed=self.max_failed, failed=failed,
         )  # fmt: skip
+        self._timeline = timeline.points()
         if failed:
             for number, reason in failed.items():
                 logger.warning("partition %d failed: %s", number, reason)

@@ -21,6 +21,9 @@ from imgcurate.backend import Backend, get_backend, why_no_gpu
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
+# A report takes seconds; tests that look at one ask for it.
+os.environ["IMGCURATE_REPORT"] = "0"
+
 Samples = Sequence[tuple[str, Mapping[str, bytes]]]
 
 

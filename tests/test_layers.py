@@ -19,8 +19,8 @@ PACKAGE = Path(imgcurate.__file__).parent
 ORDER = (
     "errors schema extensions lazy backend filesystems spool objects remote storage streams tar_blocks tar "
     "folders tables archives samples shards sidecars inputs partitions frame signatures probe pillow facts "
-    "batches decode isolation quality models catalog success dedup liveness execution export stages plan cluster "
-    "preflight results outputs origins parts runner pipeline refiltering standalone verification config "
+    "batches decode isolation quality models catalog success dedup liveness execution timeline export stages plan "
+    "cluster preflight results report outputs origins parts runner pipeline refiltering standalone verification config "
     "inspection demo progress console commands cli __main__"
 ).split()
 GPU_LIBRARIES = {"cudf", "cupy", "cuml", "dask_cudf", "dask_cuda", "rmm", "pylibcudf"}

@@ -187,14 +187,14 @@ class OpenClipEncoder(Encoder):
         self.identity = weights.identity
         self._batch_size = backend.batch_size(spec.batch_size)
         precision = _precision(spec.precision, backend)
-        self._dtype = getattr(torch, _DTYPES[precision])
+        self.dtype = getattr(torch, _DTYPES[precision])
         cfg = weights.preprocess
         height, width = cfg["size"]
         self.view = PixelView(height, width, cfg["resize_mode"], cfg["interpolation"], int(cfg["fill_color"]))
         model = clip_weights.load(weights)
         self.dim = clip_weights.embed_dim(spec.model)
         # The text tower is not needed; dropping it frees its memory.
-        visual = model.visual.to(device=backend.torch_device, dtype=self._dtype).eval()
+        visual = model.visual.to(device=backend.torch_device, dtype=self.dtype).eval()
         self._visual = towers.prepare(visual, float8=precision == "fp8", compiled=spec.compile)
         # While torch compiles in one thread, no other may call what is compiled.
         self._turn = _compiling if backend.is_gpu or spec.compile is True else contextlib.nullcontext()
@@ -213,7 +213,7 @@ class OpenClipEncoder(Encoder):
         if n < size:
             chunk = torch.cat([chunk, chunk.new_zeros((size - n, *chunk.shape[1:]))])
         planes = chunk.permute(0, 3, 1, 2).to(torch.float32) * self._scale + self._shift
-        features = self._visual(planes.to(self._dtype))
+        features = self._visual(planes.to(self.dtype))
         if isinstance(features, tuple):
             features = features[0]
         return torch.nn.functional.normalize(features.float(), dim=-1)[:n]

@@ -30,7 +30,7 @@ from imgcurate.sidecars import SidecarColumns, Sidecars, find_sidecars
 from imgcurate.stages.base import IMAGE, Stage, check_count
 from imgcurate.storage import StorageError, is_local, read_ahead, read_bytes, read_ranges
 
-__all__ = ["FilePartitioningStage", "ImageReaderStage", "read_pixels"]
+__all__ = ["FilePartitioningStage", "ImageReaderStage", "read_images", "read_pixels"]
 
 _T = TypeVar("_T")
 _MAX_CHUNK_BYTES: Final = 128 * 1024**2
@@ -218,6 +218,29 @@ def _cut(wanted: npt.NDArray[np.int64], lengths: Sequence[int], size: int) -> It
             stop += 1
         yield wanted[start:stop]
         start = stop
+
+
+def read_images(
+    table: pa.Table, storage_options: Mapping[str, Any] | None = None, *, size: int = 64
+) -> Iterator[list[tuple[int, bytes]]]:
+    """Read the images of some rows, undecoded, and yield (row, bytes) of up to `size` of them at a time.
+
+    Parameters
+    ----------
+    table : pa.Table
+        Rows with ``shard``, ``files``, ``offset`` and ``nbytes``, each of which has an image.
+    storage_options : mapping, optional
+        Passed to fsspec.
+    size : int
+        The most that are read at once.
+
+    Raises
+    ------
+    StorageError
+        If a shard cannot be read, or is not as it was.
+    """
+    for chunk in _read_chunks(table, np.arange(len(table)), size, storage_options):
+        yield list(zip(chunk.positions.tolist(), chunk.blobs, strict=True))
 
 
 def _read_chunks(

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.stages.aesthetic import ImageAestheticFilterStage
-from imgcurate.stages.base import Stage
+from imgcurate.stages.base import Rule, Stage
 from imgcurate.stages.deduplication import SemanticDedupStage
 from imgcurate.stages.embedding import ImageEmbeddingStage
 from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage
@@ -18,7 +18,7 @@ from imgcurate.stages.quality import ImageQualityFilterStage
 from imgcurate.stages.reading import ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage
 
-__all__ = ["STAGES", "find_stage", "make_stage"]
+__all__ = ["STAGES", "find_stage", "make_stage", "recorded_rules"]
 
 STAGES: Final[Mapping[str, type[Stage]]] = {
     stage.__name__: stage
@@ -97,3 +97,13 @@ def make_stage(place: str, name: str, params: Mapping[str, Any], *, others: Mapp
     except Exception as exc:
         shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
         raise ConfigError(f"{place} {name}({shown}): {exc}") from exc
+
+
+def recorded_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Return the rules of a stage as a manifest tells it; its code is not needed, nor its model."""
+    name = config["stage"]
+    if "rules" in config:
+        return tuple(Rule(**rule) for rule in config["rules"])
+    if name not in STAGES or name == ImageReaderStage.__name__:
+        return ()
+    return tuple(getattr(make_stage("the run's", name, {}, others=config), "rules", ()))

@@ -1,0 +1,299 @@
+"""What a report tells, as plain data: the funnel, the scores, the duplicates, the errors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from imgcurate import schema
+from imgcurate.catalog import Manifest
+from imgcurate.report.sample import CatalogSample, spread
+from imgcurate.stages.base import Rule
+from imgcurate.stages.registry import recorded_rules
+
+__all__ = ["ErrorKind", "Examples", "Group", "Score", "Step", "errors", "funnel", "groups", "leavers", "scores"]
+
+_BINS: Final = 48
+_EXAMPLES: Final = 6
+_MAX_SCORES: Final = 16
+_GROUPS: Final = 10
+_MEMBERS: Final = 8
+_MAX_ERRORS: Final = 40
+_TAIL: Final = 0.995
+_SKEWED: Final = 20.0
+_BEFORE_STAGES: Final[Mapping[str, str]] = {
+    schema.STATUS_TAR_ERROR: "damaged in the shard",
+    schema.STATUS_READ_ERROR: "could not be read",
+    schema.STATUS_NO_IMAGE: "without an image",
+    schema.STATUS_DECODE_ERROR: "cannot be decoded",
+    schema.STATUS_DECODER_CRASH: "crashed the decoder",
+    schema.STATUS_TOO_SMALL: "too small",
+    schema.STATUS_FAILED: "partition failed",
+}
+_BY: Final[Mapping[str, str]] = {
+    "content": "the same bytes", "pixels": "the same pixels", "phash": "the same to the eye", "embedding": "semantic",
+}  # fmt: skip
+_NO_SCORE: Final = frozenset(
+    {schema.UID, schema.OFFSET, schema.PHASE, schema.CLUSTER, schema.DUPLICATE_OF, schema.SIMILARITY, schema.CHANNELS,
+     schema.AESTHETIC_SCORE_RAW}
+)  # fmt: skip
+_NUMBER: Final = re.compile(r"\d[\d,.]*")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the funnel: how many samples left by it, and how many were left then."""
+
+    label: str
+    dropped: int
+    left: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some rows of a sample, with a word on what they are examples of, and on each."""
+
+    label: str
+    rows: list[int]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a column is distributed over the samples that have a value.
+
+    Attributes
+    ----------
+    column, description : str
+        Its name, and what it holds.
+    rules : list of Rule
+        The thresholds on it.
+    edges, kept, left : list of number
+        Bins, and how many samples of each stayed and left.
+    is_log : bool
+        Whether the bins are equal in the logarithm.
+    missing : int
+        Samples without a value.
+    examples : list of Examples
+        Along the axis.
+    """
+
+    column: str
+    description: str
+    rules: list[Rule]
+    edges: list[float]
+    kept: list[int]
+    left: list[int]
+    is_log: bool
+    missing: int
+    examples: list[Examples] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A sample that stayed, the first of those that left as its duplicates, and how many these are in all."""
+
+    keeper: int | None
+    keeper_name: str
+    members: Examples
+    size: int
+
+    @property
+    def rows(self) -> list[int]:
+        """All rows that the group shows."""
+        return [*([self.keeper] if self.keeper is not None else []), *self.members.rows]
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """Errors whose reasons differ in numbers alone."""
+
+    status: str
+    reason: str
+    count: int
+    keys: list[str]
+
+
+def funnel(manifest: Manifest, sample: CatalogSample) -> list[Step]:
+    """Return how the samples became fewer, in the order in which a run decides."""
+    counts = dict(manifest.counts)
+    counts.pop(schema.STATUS_OK, None)
+    steps: list[tuple[str, int]] = [(words, counts.pop(s)) for s, words in _BEFORE_STAGES.items() if s in counts]
+    for entry in manifest.config.get("stages", []):
+        rules: dict[str, list[Rule]] = {}
+        for rule in recorded_rules(entry):
+            rules.setdefault(rule.status, []).append(rule)
+        for status, those in rules.items():
+            if status in counts:
+                limits = ", ".join(f"{r.column} {r.op} {r.threshold:g}" for r in those)
+                steps.append((f"{status}: not {limits}", counts.pop(status)))
+        name = entry["stage"].rpartition(".")[2]
+        if name in counts:
+            steps.append((name, counts.pop(name)))
+    duplicates = counts.pop(schema.STATUS_DUPLICATE, 0)
+    steps += [(status, n) for status, n in sorted(counts.items())]
+    if duplicates:
+        steps += _duplicates(duplicates, sample)
+    left = manifest.samples
+    out = []
+    for label, dropped in steps:
+        left -= dropped
+        out.append(Step(label, dropped, left))
+    return out
+
+
+def _duplicates(count: int, sample: CatalogSample) -> list[tuple[str, int]]:
+    """Return the duplicates by their kind, if all rows are there to tell."""
+    if not sample.is_whole or schema.DUPLICATE_BY not in sample.table.column_names:
+        return [("duplicates", count)]
+    kinds = Counter(sample.table[schema.DUPLICATE_BY].filter(pa.array(_duplicate_mask(sample))).to_pylist())
+    names: dict[str | None, str] = {None: "duplicates", **{k: f"duplicates, {words}" for k, words in _BY.items()}}
+    order = [*_BY, None, *(k for k in kinds if k not in names)]
+    return [(names.get(kind, f"duplicates, {kind}"), kinds[kind]) for kind in order if kinds.get(kind)]
+
+
+def _duplicate_mask(sample: CatalogSample) -> npt.NDArray[np.bool_]:
+    return sample.has_status(schema.STATUS_DUPLICATE)
+
+
+def scores(manifest: Manifest, sample: CatalogSample) -> list[Score]:
+    """Return the distributions of the numeric columns; those with thresholds come first."""
+    rules: dict[str, list[Rule]] = {}
+    for entry in manifest.config.get("stages", []):
+        for rule in recorded_rules(entry):
+            rules.setdefault(rule.column, []).append(rule)
+    decoded = ~sample.has_status(*_BEFORE_STAGES)
+    columns = [f.name for f in sample.table.schema if f.name not in _NO_SCORE and _is_number(f.type)]
+    columns.sort(key=lambda c: (c not in rules, c not in schema.COLUMNS))
+    found = (_score(sample, column, rules.get(column, []), decoded) for column in columns)
+    return [score for score in found if score is not None][:_MAX_SCORES]
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(type_) or pa.types.is_integer(type_))
+
+
+def _score(sample: CatalogSample, column: str, rules: list[Rule], decoded: npt.NDArray[np.bool_]) -> Score | None:
+    values = sample.numbers(column)
+    there = np.flatnonzero(np.isfinite(values) & decoded)
+    if not len(there) or (not rules and values[there].min() == values[there].max()):
+        return None
+    x = values[there]
+    limits = [r.threshold for r in rules]
+    low = min([float(x.min()), *limits])
+    high = max([float(np.quantile(x, _TAIL)), *limits])
+    median = float(np.median(x))
+    is_log = low > 0 and high > _SKEWED * low and high > 4 * median
+    edges = (
+        np.geomspace(low, high, _BINS + 1) if is_log else np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    )
+    edges[0], edges[-1] = min(low, edges[0]), max(high, edges[-1])
+    clipped = np.clip(x, edges[0], edges[-1])
+    kept = sample.kept[there]
+    counts = [np.histogram(clipped[mask], edges)[0].tolist() for mask in (kept, ~kept)]
+    known = schema.COLUMNS.get(column)
+    return Score(
+        column, known.description if known else "", rules, edges.tolist(), counts[0], counts[1], bool(is_log),
+        int(decoded.sum()) - len(there), list(_along(x, there, limits)),
+    )  # fmt: skip
+
+
+def _along(x: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], limits: Sequence[float]) -> Iterator[Examples]:
+    """Yield examples along the axis: the lowest, those beside each threshold or in the middle, the highest."""
+    order = np.argsort(x, kind="stable")
+    n = len(order)
+    spans: list[tuple[str, int, int]] = [("lowest", 0, _EXAMPLES)]
+    for limit in sorted(set(limits)):
+        at = int(np.searchsorted(x[order], limit))
+        spans += [(f"just below {limit:g}", at - _EXAMPLES, at), (f"from {limit:g} on", at, at + _EXAMPLES)]
+    if not limits:
+        middle = n // 2
+        spans.append(("in the middle", middle - _EXAMPLES // 2, middle + _EXAMPLES // 2))
+    spans.append(("highest", n - _EXAMPLES, n))
+    shown: set[int] = set()
+    for label, start, stop in spans:
+        places = [i for i in range(max(start, 0), min(stop, n)) if i not in shown]
+        shown.update(places)
+        if places:
+            taken = order[places]
+            yield Examples(label, rows[taken].tolist(), [_short(v) for v in x[taken].tolist()])
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.3g}"
+
+
+def groups(sample: CatalogSample) -> list[tuple[str, list[Group]]]:
+    """Return groups of duplicates: the largest, and those whose members are least like the sample that stayed."""
+    if schema.DUPLICATE_OF not in sample.table.column_names:
+        return []
+    rows = np.flatnonzero(_duplicate_mask(sample) & np.isfinite(sample.numbers(schema.DUPLICATE_OF)))
+    if not len(rows):
+        return []
+    of = np.array(sample.values(schema.DUPLICATE_OF, rows.tolist()), np.int64)
+    uid = sample.table[schema.UID].to_numpy()
+    order = np.argsort(uid, kind="stable")
+    places = np.minimum(np.searchsorted(uid[order], of), len(uid) - 1)
+    elsewhere = np.array([v is not None for v in sample.values(schema.DUPLICATE_IN, rows.tolist())])
+    found = (uid[order][places] == of) & ~elsewhere
+    keeper = np.where(found, order[places], -1)
+    similarity = sample.numbers(schema.SIMILARITY)[rows]
+    names = np.unique(of, return_inverse=True, return_counts=True)
+    out = []
+    largest = np.argsort(-names[2], kind="stable")[:_GROUPS]
+    out.append(("The largest groups", [_group(sample, rows, keeper, similarity, names, g) for g in largest.tolist()]))
+    if np.isfinite(similarity).any():
+        closest = np.argsort(np.where(np.isfinite(similarity), similarity, np.inf), kind="stable")
+        chosen = list(dict.fromkeys(names[1][closest][: 20 * _GROUPS].tolist()))[:_GROUPS]
+        title = "Nearest to the threshold: were these to go?"
+        out.append((title, [_group(sample, rows, keeper, similarity, names, g) for g in chosen]))
+    return out
+
+
+def _group(sample: CatalogSample, rows: Any, keeper: Any, similarity: Any, names: Any, number: int) -> Group:
+    members = np.flatnonzero(names[1] == number)
+    members = members[np.argsort(np.where(np.isfinite(similarity), similarity, 2)[members], kind="stable")][:_MEMBERS]
+    kinds = sample.values(schema.DUPLICATE_BY, rows[members].tolist())
+    notes = [
+        f"{s:.3f}" if np.isfinite(s) else _BY.get(kind, "") for s, kind in zip(similarity[members], kinds, strict=True)
+    ]
+    first = int(members[0])
+    row = int(keeper[first])
+    where = sample.values(schema.DUPLICATE_IN, [int(rows[first])])[0]
+    name = f"sample {names[0][number]}" + (f" of {where}" if where else "")
+    if row >= 0:
+        name = str(sample.values(schema.KEY, [row])[0])
+    return Group(row if row >= 0 else None, name, Examples("", rows[members].tolist(), notes), int(names[2][number]))
+
+
+def leavers(manifest: Manifest, sample: CatalogSample) -> list[Examples]:
+    """Return examples of what left by a rule or a stage, for each status."""
+    out = []
+    for status in sorted(set(manifest.counts) - {schema.STATUS_OK, schema.STATUS_DUPLICATE} - set(_BEFORE_STAGES)):
+        rows = np.flatnonzero(sample.has_status(status))
+        if len(rows):
+            taken = rows[spread(len(rows), 2 * _EXAMPLES)].tolist()
+            out.append(Examples(status, taken, [str(r or "") for r in sample.values(schema.REASON, taken)]))
+    return out
+
+
+def errors(sample: CatalogSample) -> list[ErrorKind]:
+    """Return the reasons of what could not be read or decoded, the most frequent first."""
+    rows = np.flatnonzero(sample.has_status(*_BEFORE_STAGES))
+    kinds: dict[tuple[str, str], list[int]] = {}
+    taken = sample.table.select([schema.STATUS, schema.REASON]).take(pa.array(rows))
+    pairs = zip(taken[schema.STATUS].to_pylist(), taken[schema.REASON].to_pylist(), rows.tolist(), strict=True)
+    for status, reason, row in pairs:
+        kinds.setdefault((status, _NUMBER.sub("N", reason or "")), []).append(row)
+    out = []
+    for (status, reason), those in sorted(kinds.items(), key=lambda kind: -len(kind[1]))[:_MAX_ERRORS]:
+        first = sample.values(schema.REASON, those[:1])[0] if len(those) == 1 else reason
+        out.append(ErrorKind(status, str(first), len(those), [str(k) for k in sample.values(schema.KEY, those[:3])]))
+    return out
