@@ -21,10 +21,22 @@ from imgcurate.backend import Backend, get_backend, why_no_gpu
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
+# These take minutes, for they start processes and kill them; begun first, they end while the others run.
+_LONG = (
+    "failed_partitions nodes readme benchmarks chaos scripts failures hardening isolation s3 cluster partitions "
+    "encoders cli report growth preflight dedup_embeddings"
+).split()
+
 # A report takes seconds; tests that look at one ask for it.
 os.environ["IMGCURATE_REPORT"] = "0"
 
 Samples = Sequence[tuple[str, Mapping[str, bytes]]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take long first."""
+    places = {f"test_{name}": i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
