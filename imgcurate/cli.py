@@ -13,10 +13,12 @@ from typing import Annotated, Any, Final, NoReturn
 import dask
 import typer
 
-from imgcurate import commands, schema
+from imgcurate import commands, preparing, schema
 from imgcurate.console import (
     Device,
+    DryRun,
     Inputs,
+    Json,
     MaxFailed,
     Output,
     Overwrite,
@@ -33,10 +35,12 @@ from imgcurate.console import (
     Workers,
     app,
     run_command,
+    show_estimate,
+    show_result,
 )
 from imgcurate.errors import ConfigError, ImgcurateError, printable
 
-__all__ = ["app", "commands", "main"]
+__all__ = ["app", "commands", "main", "preparing"]
 
 _debug = False
 _MAX_MESSAGE: Final = 2000
@@ -105,7 +109,7 @@ def demo(
         f"found {found.found} of {found.planted} planted near-duplicates, {found.merged} distinct photos merged, "
         f"{found.reported} of {truth.broken} broken files reported"
     )
-    typer.echo(f"curated shards: {out}/shards   catalog: {out}/catalog   manifest: {out}/manifest.json")
+    typer.echo(f"curated shards: {out}/shards   catalog: {out}/catalog   report: {out}/report.html")
     typer.echo(result.accounting())
 
 
@@ -168,6 +172,8 @@ def curate(
     max_failed: MaxFailed = None,
     retry_failed: RetryFailed = False,
     report: Report = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Curate shards: embed, score, filter, remove duplicates, write what is kept."""
@@ -216,18 +222,25 @@ def curate(
         inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **limits
     )
     pipeline.plan()
+    if dry_run:
+        show_estimate(pipeline, output, device=device, n_workers=workers, as_json=as_json)
+        return
     result = run_command(
         partial(pipeline.run, output), device=device, n_workers=workers, scheduler=scheduler,
         tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite, resume=resume, max_failed=max_failed or 0,
-        retry_failed=retry_failed, report=report, quiet=quiet,
+        retry_failed=retry_failed, report=report, quiet=quiet or as_json,
     )  # fmt: skip
-    typer.echo(result.accounting())
+    show_result(result, as_json)
 
 
-@app.command(epilog="Example: imgcurate run pipeline.yaml -o OUT")
+@app.command(epilog="Example: imgcurate run pipeline.yaml -o OUT --set stages.SemanticDedupStage.eps=0.03")
 def run(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Inputs and stages.")],
     output: Output,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="In place of what the file says; repeatable."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or gpu; overrides the file.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
@@ -239,24 +252,31 @@ def run(
     max_failed: MaxFailed = None,
     retry_failed: RetryFailed = False,
     report: Report = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a pipeline that a YAML file describes."""
     from imgcurate.config import load_config
 
-    config = load_config(pipeline)
+    config = load_config(pipeline, overrides or ())
     if config.imports_stages:
         # They are imported from where the command runs, as Python does it; nothing else is.
         sys.path.insert(0, str(Path.cwd()))
     stages = config.pipeline()
     stages.plan()
+    if dry_run:
+        show_estimate(
+            stages, output, device=device or config.device, n_workers=workers or config.workers, as_json=as_json
+        )
+        return
     result = run_command(
         partial(stages.run, output), device=device or config.device, n_workers=workers or config.workers,
         scheduler=scheduler or config.scheduler, tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite,
         resume=resume, max_failed=max_failed if max_failed is not None else config.max_failed,
-        retry_failed=retry_failed, report=report, quiet=quiet,
+        retry_failed=retry_failed, report=report, quiet=quiet or as_json,
     )  # fmt: skip
-    typer.echo(result.accounting())
+    show_result(result, as_json)
 
 
 def _pipeline(

@@ -106,8 +106,16 @@ class RunConfig(BaseModel):
         return Pipeline([source, *stages])
 
 
-def load_config(path: str | Path) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    overrides : sequence of str
+        ``key.key=value`` each, in place of what the file says: values are YAML, list items are named by their
+        place, and stages by their name too.
 
     Raises
     ------
@@ -127,6 +135,8 @@ def load_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(exc).split())}") from exc
     if not isinstance(content, dict):
         raise ConfigError(f"{path} should be a mapping with 'inputs' and 'stages', not {type(content).__name__}")
+    for text in overrides:
+        _override(content, text)
     try:
         return RunConfig(**content)
     except ValidationError as exc:
@@ -140,6 +150,48 @@ def load_config(path: str | Path) -> RunConfig:
         where = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("list[", "dict[", "str")))
         hint = nearest(str(error["loc"][0]), RunConfig.model_fields) if error["type"] == "extra_forbidden" else ""
         raise ConfigError(f"{path}: {where}: {error['msg']}{hint}") from exc
+
+
+def _override(content: dict[str, Any], text: str) -> None:
+    """Put a value into a file's content: ``stages.2.score_threshold=0.6``, ``workers=4``."""
+    path, equals, shown = text.partition("=")
+    *parents, last = path.split(".")
+    if not equals or not all([*parents, last]):
+        raise ConfigError(f"--set {text} should be KEY=VALUE, such as stages.ImageReaderStage.min_size=256")
+    try:
+        value = yaml.safe_load(shown)
+    except (yaml.YAMLError, RecursionError) as exc:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {' '.join(str(exc).split())}") from exc
+    place: Any = content
+    for i, key in enumerate(parents):
+        place = _step(place, key, text, ".".join(parents[:i]))
+    if isinstance(place, dict):
+        place[last] = value
+    elif isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    else:
+        raise ConfigError(f"--set {text}: {'.'.join(parents)} has nothing to set {last!r} in")
+
+
+def _step(place: Any, key: str, text: str, where: str) -> Any:
+    """Return what a key names in a mapping or a list; of a list of stages also by a stage's name."""
+    if isinstance(place, dict):
+        if place.get(key) is None:
+            place[key] = {}
+        return place[key]
+    if not isinstance(place, list):
+        raise ConfigError(f"--set {text}: {where or 'the file'} is {place!r}, which holds nothing named {key!r}")
+    names = [entry if isinstance(entry, str) else next(iter(entry), "") for entry in place]
+    if key.isdigit() and int(key) < len(place):
+        number = int(key)
+    elif names.count(key) == 1:
+        number = names.index(key)
+    else:
+        raise ConfigError(f"--set {text}: {where} has {names.count(key)} entries {key!r}{nearest(key, names)}")
+    name = names[number]
+    if isinstance(place[number], str) or place[number].get(name) is None:
+        place[number] = {name: {}}
+    return place[number][name]
 
 
 def quality_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from typer.core import TyperGroup
 
-from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.errors import ConfigError, ImgcurateError, printable
 from imgcurate.progress import show_progress
 
 __all__ = [
     "Device",
+    "DryRun",
     "Inputs",
     "Json",
     "MaxFailed",
@@ -36,9 +41,11 @@ __all__ = [
     "run_command",
     "running",
     "security",
+    "show_estimate",
+    "show_result",
 ]
 
-_ORDER: Final = ("demo", "curate", "run", "report", "refilter", "verify", "inspect", "dedup")
+_ORDER: Final = tuple("demo init curate run report refilter verify inspect dedup doctor schema".split())
 
 
 class _InOrder(TyperGroup):
@@ -84,6 +91,7 @@ MaxFailed = Annotated[
     int | None, typer.Option(min=0, help="Partitions that may fail; their samples are 'failed' rows. Default: 0.")
 ]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try partitions again that failed in a done run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and how long it takes; do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object.")]
 
 
@@ -132,6 +140,28 @@ def run_command(
         why = "nothing was kept" if not result.kept else "the pipeline has no ImageWriterStage"
         typer.echo(f"no shards were written: {why}", err=True)
     return result
+
+
+def show_estimate(pipeline: Any, output: str, *, device: str, n_workers: int | None, as_json: bool) -> None:
+    """Print what a run would do."""
+    from imgcurate.estimate import estimate_run
+
+    estimate = estimate_run(pipeline, output, device=device, n_workers=n_workers)
+    if as_json:
+        typer.echo(json.dumps(estimate.as_dict(), indent=1))
+        return
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for what, text in estimate.lines():
+        table.add_row(escape(printable(what)), escape(printable(text)))
+    Console().print(table)
+    typer.echo("nothing was done (--dry-run)")
+
+
+def show_result(result: Any, as_json: bool) -> None:
+    """Print how a run ended: its accounting as the last line, or all as JSON."""
+    typer.echo(json.dumps(result.as_dict(), indent=1) if as_json else result.accounting())
 
 
 def security(scheduler: str | None, tls: Tls) -> Any:

@@ -10,10 +10,12 @@ from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.storage import free_bytes, join_url, list_files, remove, remove_temporary_files, remove_tree
 from imgcurate.success import Success
 
-__all__ = ["difference", "find_run", "grown", "open_run"]
+__all__ = ["PIPELINE", "difference", "find_run", "grown", "open_run"]
 
 _FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
-_FILES: Final = ("kept.parquet", "removed.parquet", "report.html")
+PIPELINE: Final = "pipeline.yaml"
+"""The file of an output folder that says what was run, as ``imgcurate run`` takes it."""
+_FILES: Final = ("kept.parquet", "removed.parquet", "report.html", PIPELINE)
 _MIN_FREE_BYTES: Final = 64 * 1024**2
 
 

@@ -13,9 +13,10 @@ from imgcurate.errors import ConfigError
 from imgcurate.execution import Progress
 from imgcurate.origins import ShardOrigin
 from imgcurate.plan import Plan, make_plan
-from imgcurate.results import Result
+from imgcurate.results import Result, html_table
 from imgcurate.runner import Run
-from imgcurate.stages.base import Stage, check_count, stage_config
+from imgcurate.stages.base import Stage, check_count, columns_added, stage_config
+from imgcurate.stages.registry import pipeline_yaml
 from imgcurate.storage import is_local, local_path
 
 __all__ = ["Pipeline", "Result"]
@@ -52,6 +53,17 @@ class Pipeline:
     def plan(self) -> Plan:
         """Check the stages and divide them into phases; see :func:`imgcurate.plan.make_plan`."""
         return make_plan(self.stages)
+
+    def _repr_html_(self) -> str:
+        """Show the plan in a notebook: phases, stages, what they need and add."""
+        plan = self.plan()
+        rows = [
+            (phase.label, stage.name, ", ".join(stage.needs), ", ".join(columns_added(stage)))
+            for phase in plan.phases
+            for stage in phase.stages
+        ]
+        rows += [("write", plan.writer.name, "", "")] if plan.writer else []
+        return html_table(("phase", "stage", "needs", "adds"), [("read", plan.reader.name, "", ""), *rows])
 
     def run(
         self,
@@ -131,9 +143,10 @@ class Pipeline:
             raise ConfigError("no output folder: name it in run(output_dir) or ImageWriterStage(output_dir)")
         folder = str(Path(local_path(folder)).absolute()) if is_local(folder) else folder
         check_count("max_failed", max_failed, 0)
+        origin = ShardOrigin(plan, folder)
         run = Run(
-            plan, self._described, ShardOrigin(plan, folder), folder, progress,
-            max_failed=max_failed, retry_failed=retry_failed,
+            plan, self._described, origin, folder, progress, max_failed=max_failed, retry_failed=retry_failed,
+            described=pipeline_yaml(origin.source, self.stages[1:]),
         )  # fmt: skip
         return run.start(
             client=client, scheduler=scheduler, security=security, device=device, n_workers=n_workers,

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import dask.dataframe as dd
 
 from imgcurate import schema
 from imgcurate.catalog import Catalog
-from imgcurate.storage import join_url, list_files, read_bytes
+from imgcurate.storage import exists, join_url, list_files, read_bytes
 
-__all__ = ["Result"]
+__all__ = ["Result", "html_table"]
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML, for notebooks."""
+    cells = [
+        "".join(f"<{tag}>{escape(c)}</{tag}>" for c in row) for tag, row in [("th", head), *(("td", r) for r in rows)]
+    ]
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,25 @@ class Result:
         folder = join_url(self.output_dir, "dedup")
         names = list_files(folder, ".json")
         return [json.loads(read_bytes(join_url(folder, name))) for name in names]
+
+    @property
+    def report(self) -> str | None:
+        """URL of the report, if there is one."""
+        url = join_url(self.output_dir, "report.html")
+        return url if exists(url) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the run did as plain data."""
+        return {
+            "output_dir": self.output_dir, "samples": self.samples, "kept": self.kept, "counts": self.counts,
+            "shards": self.shards, "dedup": self.dedup, "report": self.report,
+        }  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """Show the accounting in a notebook."""
+        dropped = [(k, v) for k, v in sorted(self.counts.items()) if k != schema.STATUS_OK]
+        rows = [("samples in", self.samples), *dropped, ("kept", self.kept)]
+        return html_table(("", "samples"), [(name, f"{n:,}") for name, n in rows])
 
     def accounting(self) -> str:
         """Return the line that accounts for every sample."""

@@ -24,7 +24,7 @@ from imgcurate.execution import COUNTS, Progress, call_frame, run_on_client, run
 from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
 from imgcurate.liveness import gpu_share
 from imgcurate.origins import Origin
-from imgcurate.outputs import find_run, open_run
+from imgcurate.outputs import PIPELINE, find_run, open_run
 from imgcurate.parts import (
     FILE,
     count_part,
@@ -43,6 +43,7 @@ from imgcurate.results import Result
 from imgcurate.stages.base import DatasetStage, Stage, columns_added
 from imgcurate.stages.executor import Program, apply_stages, make_program
 from imgcurate.storage import (
+    atomic_write,
     exclusive,
     exists,
     join_url,
@@ -85,6 +86,8 @@ class Run:
         How many partitions of the first phase may fail.
     retry_failed : bool
         Whether partitions that failed in a run which is done are tried again.
+    described : str
+        The run as a YAML file, which is kept in the folder.
     """
 
     client: Client
@@ -92,10 +95,10 @@ class Run:
 
     def __init__(
         self, plan: Plan, stages: Callable[[], list[dict[str, Any]]], origin: Origin, folder: str,
-        progress: Progress | None, *, max_failed: int = 0, retry_failed: bool = False,
+        progress: Progress | None, *, max_failed: int = 0, retry_failed: bool = False, described: str = "",
     ) -> None:  # fmt: skip
         self.plan, self.stages, self.origin, self.folder, self.progress = plan, stages, origin, folder, progress
-        self.max_failed, self.retry_failed = max_failed, retry_failed
+        self.max_failed, self.retry_failed, self.described = max_failed, retry_failed, described
         self.types = plan.types | origin.types
         self.timings_s: dict[str, float] = {}
         self._made: dict[int, dict[str, Any]] = {}
@@ -187,6 +190,9 @@ class Run:
             self._take_back(catalog, manifest)
         if manifest.state != "done":
             self._executed = True
+            if self.described:
+                with atomic_write(join_url(self.folder, PIPELINE)) as out:
+                    out.write(self.described.encode())
             remove(join_url(self.folder, REPORT))
             catalog = self._run_phases(catalog)
             counts = self._count(catalog)

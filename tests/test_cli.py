@@ -55,7 +55,8 @@ def test_demo_finds_what_was_planted(tmp_path: Path) -> None:
     total, *counts = [int(n) for n in re.findall(r"\d+", lines[-1])]
     assert total == sum(counts)
     out = tmp_path / "demo" / "curated"
-    assert sorted(p.name for p in out.iterdir()) == ["_SUCCESS", "catalog", "dedup", "manifest.json", "shards"]
+    made = ["_SUCCESS", "catalog", "dedup", "manifest.json", "pipeline.yaml", "shards"]
+    assert sorted(p.name for p in out.iterdir()) == made
     with tarfile.open(out / "shards" / "00000.tar") as tar:
         assert len({m.name.split(".")[0] for m in tar}) == counts[0]
 

@@ -14,7 +14,7 @@ from imgcurate.errors import ConfigError, WeightsError
 from imgcurate.lazy import torch
 from imgcurate.models.weights import default_model_dir, file_sha256
 
-__all__ = ["ClipWeights", "embed_dim", "find", "identity", "load"]
+__all__ = ["ClipWeights", "embed_dim", "find", "identity", "load", "present"]
 
 RANDOM: Final = "random"
 _SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin")
@@ -99,6 +99,18 @@ def find(model: str, pretrained: str, model_dir: str | None = None) -> ClipWeigh
     return ClipWeights(model, path, name, quick, openai, _preprocess(model, tag_cfg))
 
 
+def present(model: str, pretrained: str, model_dir: str | None = None) -> Path | None:
+    """Return the file that :func:`find` would take, without downloading anything; None if it would have to."""
+    import open_clip.pretrained as registry
+
+    cfg = registry.get_pretrained_cfg(model, pretrained)
+    if not cfg:
+        path = Path(pretrained).expanduser()
+        return path if path.is_file() else None
+    found = _find_file(model, pretrained, cfg, model_dir)
+    return found or (_in_hub_cache(cfg["hf_hub"], _folder(model_dir)) if cfg.get("hf_hub") else None)
+
+
 def identity(model: str, pretrained: str, model_dir: str | None = None) -> str:
     """Return the identity of a model's embeddings without downloading anything."""
     import open_clip.pretrained as registry
@@ -161,8 +173,12 @@ def embed_dim(model: str) -> int:
     return int(_model_config(model)["embed_dim"])
 
 
+def _folder(model_dir: str | None) -> Path:
+    return Path(model_dir).expanduser() if model_dir else default_model_dir()
+
+
 def _find_file(model: str, tag: str, cfg: dict[str, Any], model_dir: str | None) -> Path | None:
-    folder = Path(model_dir).expanduser() if model_dir else default_model_dir()
+    folder = _folder(model_dir)
     names = [f"{name}-{tag}{suffix}" for name in dict.fromkeys((model, _base_name(model))) for suffix in _SUFFIXES]
     if tag == "openai" and cfg.get("url"):
         names.append(cfg["url"].rsplit("/", 1)[-1])
@@ -170,7 +186,7 @@ def _find_file(model: str, tag: str, cfg: dict[str, Any], model_dir: str | None)
 
 
 def _download(model: str, tag: str, cfg: dict[str, Any], model_dir: str | None) -> Path:
-    folder = Path(model_dir).expanduser() if model_dir else default_model_dir()
+    folder = _folder(model_dir)
     logger.info("the weights of %s/%s are not in %s: downloading them", model, tag, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,10 +213,7 @@ def _download_from_hub(place: str, folder: Path) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    repository, _, file = place.rpartition("/")
-    names = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    if file:
-        names = [*([str(Path(file).with_suffix(".safetensors"))] if file.endswith((".bin", ".pth")) else []), file]
+    repository, names = _hub_names(place)
     for name in names:
         try:
             return Path(hf_hub_download(repository, name, cache_dir=str(folder)))
@@ -209,6 +222,23 @@ def _download_from_hub(place: str, folder: Path) -> Path:
         except EntryNotFoundError:
             continue
     raise WeightsError(f"{repository} holds none of {', '.join(names)}")
+
+
+def _hub_names(place: str) -> tuple[str, list[str]]:
+    """Return the repository of ``org/repository/[file]``, and the files of it that would do."""
+    repository, _, file = place.rpartition("/")
+    if not file:
+        return repository, ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    safe = [str(Path(file).with_suffix(".safetensors"))] if file.endswith((".bin", ".pth")) else []
+    return repository, [*safe, file]
+
+
+def _in_hub_cache(place: str, folder: Path) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, names = _hub_names(place)
+    found = (try_to_load_from_cache(repository, name, cache_dir=str(folder)) for name in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def _preprocess(model: str, cfg: dict[str, Any] | None) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+import yaml
 
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.stages.aesthetic import ImageAestheticFilterStage
-from imgcurate.stages.base import Rule, Stage
+from imgcurate.stages.base import Rule, Stage, stage_config
 from imgcurate.stages.deduplication import SemanticDedupStage
 from imgcurate.stages.embedding import ImageEmbeddingStage
 from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage
@@ -18,8 +20,9 @@ from imgcurate.stages.quality import ImageQualityFilterStage
 from imgcurate.stages.reading import ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage
 
-__all__ = ["STAGES", "find_stage", "make_stage", "recorded_rules"]
+__all__ = ["STAGES", "find_stage", "make_stage", "pipeline_yaml", "recorded_rules"]
 
+_WIDTH: Final = 100
 STAGES: Final[Mapping[str, type[Stage]]] = {
     stage.__name__: stage
     for stage in (
@@ -97,6 +100,29 @@ def make_stage(place: str, name: str, params: Mapping[str, Any], *, others: Mapp
     except Exception as exc:
         shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
         raise ConfigError(f"{place} {name}({shown}): {exc}") from exc
+
+
+def pipeline_yaml(source: Mapping[str, Any], stages: Sequence[Stage]) -> str:
+    """Return a run as a YAML file that ``imgcurate run`` takes.
+
+    Parameters
+    ----------
+    source : mapping
+        ``file_paths``, ``files_per_partition`` and ``sidecar_columns``; the inputs' options, which may hold secrets,
+        are not written.
+    stages : sequence of Stage
+        All after the one that says what is read.
+    """
+    entries = []
+    for stage in stages:
+        config = stage_config(stage)
+        name, known = config.pop("stage"), inspect.signature(type(stage)).parameters
+        entries.append({name: {key: value for key, value in config.items() if key in known and key != "output_dir"}})
+    content = {
+        "inputs": source["file_paths"], "files_per_partition": source["files_per_partition"],
+        "sidecar_columns": source["sidecar_columns"], "stages": entries,
+    }  # fmt: skip
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=_WIDTH)
 
 
 def recorded_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:

@@ -1,0 +1,170 @@
+"""The YAML file of a run, written for people: a commented one to begin with, and its JSON schema."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import yaml
+from pydantic import PydanticUserError, TypeAdapter
+
+from imgcurate.config import RunConfig
+from imgcurate.stages.base import Stage
+from imgcurate.stages.registry import STAGES
+
+__all__ = ["SCHEMA_FILE", "commented_yaml", "json_schema"]
+
+SCHEMA_FILE: Final = "pipeline.schema.json"
+_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+# "name : type", or several names alone.
+_FIELD: Final = re.compile(r"^(\w+(?:, \w+)*)(?: : .+)?$")
+_WIDTH: Final = 100
+# What the commented file switches on; all other stages and parameters stand in it as comments.
+_USED: Final[Mapping[str, Mapping[str, Any]]] = {
+    "ImageReaderStage": {},
+    "ImageQualityFilterStage": {"ranges": {"width": [200, None], "height": [200, None]}},
+    "ImageEmbeddingStage": {"model": "ViT-L-14", "pretrained": "openai"},
+    "ImageAestheticFilterStage": {"score_threshold": 0.5},
+    "ImageNSFWFilterStage": {"score_threshold": 0.5},
+    "ExactDedupStage": {},
+    "SemanticDedupStage": {"eps": 0.05, "keep_by": ["-width*height", "-nbytes"]},
+    "ImageWriterStage": {"images_per_tar": 1000},
+}
+# Said elsewhere in the file.
+_ELSEWHERE: Final = frozenset({"output_dir"})
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a pipeline's YAML file: keys, stages, their parameters and what they do."""
+    top = RunConfig.model_json_schema()
+    described = _described(RunConfig)
+    for name, field in top["properties"].items():
+        field.pop("title", None)
+        field["description"] = described.get(name, "")
+    stages = {name: _stage_schema(kind) for name, kind in STAGES.items()}
+    own = {"type": "string", "pattern": r"^\w+(\.\w+)+$", "description": "A stage of one's own, by its import path."}
+    entries: list[dict[str, Any]] = [
+        {"type": "string", "enum": list(STAGES), "description": "A stage with its defaults."},
+        own,
+        {
+            "type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
+            "properties": stages, "patternProperties": {r"^\w+(\.\w+)+$": {"type": ["object", "null"]}},
+        },
+    ]  # fmt: skip
+    top["properties"]["stages"] = {
+        "type": "array", "minItems": 1, "description": described["stages"], "items": {"anyOf": entries},
+    }  # fmt: skip
+    return {"$schema": _DIALECT, **top, "title": "imgcurate pipeline", "description": "A run of imgcurate."}
+
+
+def _stage_schema(kind: type[Stage]) -> dict[str, Any]:
+    described = _described(kind)
+    hints = typing.get_type_hints(kind if kind.__init__ is object.__init__ else kind.__init__)
+    properties: dict[str, Any] = {}
+    required = []
+    for name, parameter in _parameters(kind).items():
+        try:
+            field = TypeAdapter(hints.get(name, Any)).json_schema()
+        except PydanticUserError:
+            field = {}
+        if parameter.default is inspect.Parameter.empty:
+            required.append(name)
+        else:
+            field["default"] = _plain(parameter.default)
+        properties[name] = {**field, "description": described.get(name, "")}
+    summary = (inspect.getdoc(kind) or "").splitlines()[0]
+    made: dict[str, Any] = {
+        "type": "object" if required else ["object", "null"], "description": summary, "additionalProperties": False,
+        "properties": properties,
+    }  # fmt: skip
+    return {**made, "required": required} if required else made
+
+
+def commented_yaml(inputs: Sequence[str] = ("shards/*.tar",)) -> str:
+    """Return a pipeline's YAML file in which every key, stage and parameter stands with what it does."""
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        "# A run of imgcurate:  imgcurate run pipeline.yaml -o OUT",
+        "# What is commented out shows the default.",
+        "",
+        _dump({"inputs": list(inputs) if len(inputs) > 1 else inputs[0]}),
+        "",
+    ]
+    described = _described(RunConfig)
+    for name, field in RunConfig.model_fields.items():
+        if name not in ("inputs", "stages"):
+            default = field.get_default(call_default_factory=True)
+            lines += [*_comment(described.get(name, ""), ""), f"# {_dump({name: default})}", ""]
+    lines += ["# In the order in which samples pass through them.", "stages:"]
+    for name, kind in STAGES.items():
+        lines += ["", *_commented_stage(name, kind, _USED.get(name))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _commented_stage(name: str, kind: type[Stage], used: Mapping[str, Any] | None) -> list[str]:
+    summary = (inspect.getdoc(kind) or "").splitlines()[0]
+    off = "# " if used is None else ""
+    described = _described(kind)
+    body: list[str] = []
+    for parameter in _parameters(kind).values():
+        if parameter.name in _ELSEWHERE:
+            continue
+        body += _comment(described.get(parameter.name, ""), "      ")
+        if used is not None and parameter.name in used:
+            body.append(f"      {_dump({parameter.name: used[parameter.name]})}")
+        else:
+            default = "" if parameter.default is inspect.Parameter.empty else _plain(parameter.default)
+            body.append(f"      # {_dump({parameter.name: default})}")
+    # A mapping with nothing in it but comments is none.
+    head = f"  - {name}:" if used or off else f"  - {name}:  # with its defaults"
+    if off:
+        body = [line if line.lstrip().startswith("#") else f"# {line}" for line in body]
+    return [*_comment(summary, "  "), f"{off}{head}", *body]
+
+
+def _parameters(kind: type[Stage]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(kind).parameters)
+
+
+def _described(kind: type) -> dict[str, str]:
+    """Return what a numpydoc docstring says of each attribute or parameter, as one line each."""
+    found: dict[str, list[str]] = {}
+    names: list[str] = []
+    inside = False
+    lines = (inspect.getdoc(kind) or "").splitlines()
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if set(below) == {"-"}:
+            inside = line.strip() in ("Attributes", "Parameters")
+            names = []
+        elif inside and (match := _FIELD.match(line)):
+            names = match[1].split(", ")
+            found |= {name: [] for name in names}
+        elif inside and line.startswith("    "):
+            for name in names:
+                found[name].append(line.strip())
+    return {key: re.sub(r":\w+:`~?\.?([^`]+)`|``([^`]+)``", r"\1\2", " ".join(words)) for key, words in found.items()}
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return [f"{indent}# {line}" for line in textwrap.wrap(text, _WIDTH - len(indent))]
+
+
+def _dump(content: Mapping[str, Any]) -> str:
+    """Return a key with its value on one line."""
+    ((name, value),) = content.items()
+    if value == "" and isinstance(value, str):
+        return f"{name}:"
+    shown = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).strip()
+    return f"{name}: {shown.removesuffix('...').strip()}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list, frozenset, set)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
