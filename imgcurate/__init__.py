@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from imgcurate.batches import ImageBatch, PixelView
     from imgcurate.cluster import open_client
     from imgcurate.errors import ImgcurateError
+    from imgcurate.exchange_files import export_run
     from imgcurate.frame import read_webdataset
     from imgcurate.pipeline import Pipeline, Result
     from imgcurate.refiltering import refilter
@@ -61,6 +62,7 @@ _HOMES = {
     "Result": "pipeline",
     "refilter": "refiltering",
     "make_report": "report",
+    "export_run": "exchange_files",
     "DedupedEmbeddings": "standalone",
     "dedup_embeddings": "standalone",
     "Verification": "verification",
@@ -114,6 +116,7 @@ __all__ = [
     "dedup_embeddings",
     "embed",
     "exact_dedup",
+    "export_run",
     "make_report",
     "open_client",
     "perceptual_dedup",

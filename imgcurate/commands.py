@@ -1,4 +1,4 @@
-"""The commands that look at inputs and at what runs left: ``report refilter dedup inspect verify``."""
+"""The commands that look at inputs and at what runs left: ``report refilter export dedup inspect verify``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from imgcurate.console import (
 )
 from imgcurate.errors import printable
 
-__all__ = ["dedup", "inspect", "refilter", "report", "verify"]
+__all__ = ["dedup", "export", "inspect", "refilter", "report", "verify"]
 
 _MAX_SHARD_ROWS: Final = 50
 _MAX_PROBLEM_ROWS: Final = 20
@@ -123,6 +123,22 @@ def report(
 
     options = storage_options(storage_option or [])
     typer.echo(make_report(run, output, show_nsfw=show_nsfw, storage_options=options))
+
+
+@app.command(epilog="Example: imgcurate export OUT -o TABLES --format kept --format clip-retrieval")
+def export(
+    run: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder for the files.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="kept, removed, npy or clip-retrieval; repeatable. [default: kept, removed]"),
+    ] = None,
+) -> None:
+    """Write what a run decided as files that other tools read: Parquet, CSV, npy, clip-retrieval's folders."""
+    from imgcurate.exchange_files import export_run
+
+    for name, rows in export_run(run, output, formats or ("kept", "removed")).items():
+        typer.echo(f"{name}: {rows:,} rows")
 
 
 @app.command(epilog="Example: imgcurate dedup embeddings.parquet -o OUT --id-field id --eps 0.05")

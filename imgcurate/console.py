@@ -45,7 +45,7 @@ __all__ = [
     "show_result",
 ]
 
-_ORDER: Final = tuple("demo init curate run report refilter verify inspect dedup doctor schema".split())
+_ORDER: Final = tuple("demo init curate run report refilter export verify inspect dedup doctor schema".split())
 
 
 class _InOrder(TyperGroup):

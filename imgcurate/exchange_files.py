@@ -1,0 +1,182 @@
+"""A finished run as files that other tools read: tables of what stayed and what left, embeddings, clip-retrieval.
+
+=================  =====================================================================================
+format             files
+=================  =====================================================================================
+``kept``           ``kept.parquet``: a row for each sample that stayed, with its scores
+``removed``        ``removed.csv``: a row for each that left, with its status and reason
+``npy``            ``embeddings.npy``, (n, d) float32, a row for each row of ``kept.parquet`` in its order
+``clip-retrieval`` ``img_emb/img_emb_<i>.npy``, float16, and ``metadata/metadata_<i>.parquet``
+=================  =====================================================================================
+
+Parts of the catalog are read one after the other, so memory is one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from imgcurate import schema
+from imgcurate.catalog import Catalog, Manifest, write_parquet
+from imgcurate.errors import CatalogError, ConfigError, InputError, nearest
+from imgcurate.storage import atomic_write, is_local, join_url, list_files, local_path, make_folder
+
+__all__ = ["FORMATS", "export_run"]
+
+_KEPT_LEFT_OUT: Final = frozenset(
+    {schema.SPANS, schema.FILES, schema.OFFSET, schema.STATUS, schema.REASON, schema.DUPLICATE_OF, schema.DUPLICATE_IN,
+     schema.DUPLICATE_BY, schema.SIMILARITY, schema.PHASE, schema.EMBEDDING}
+)  # fmt: skip
+_REMOVED: Final = (
+    schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.REASON, schema.DUPLICATE_OF, schema.DUPLICATE_BY,
+    schema.SIMILARITY,
+)  # fmt: skip
+_IMAGE_PATH: Final = "image_path"
+
+
+def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed")) -> dict[str, int]:
+    """Write what a finished run decided as files that other tools read.
+
+    Parameters
+    ----------
+    run : str
+        Output folder of a finished run.
+    output : str
+        Folder for the files, a path or fsspec URL, which must not hold files of these names; made if it is not there.
+    formats : sequence of str
+        Of ``kept``, ``removed``, ``npy``, ``clip-retrieval``; see :mod:`imgcurate.exchange_files`.
+
+    Returns
+    -------
+    dict of str to int
+        Rows written, by format.
+
+    Raises
+    ------
+    InputError
+        If `run` is no finished run.
+    ConfigError
+        If a format is unknown, needs embeddings that the run does not have, or its files are there already.
+    StorageError
+        If a file cannot be written; none is there half-written then.
+    """
+    manifest = Manifest.load(run)
+    if manifest is None or manifest.state != "done" or "stages" not in manifest.config:
+        raise InputError(f"{run} is not the output folder of a finished run")
+    catalog = Catalog(run, manifest.n_parts)
+    output = str(Path(local_path(output)).absolute()) if is_local(output) else output
+    kept = manifest.counts.get(schema.STATUS_OK, 0)
+    for name in formats:
+        if name not in FORMATS:
+            raise ConfigError(f"format {name!r} is unknown{nearest(name, FORMATS)}")
+        if name in ("npy", "clip-retrieval") and schema.EMBEDDING not in catalog.schema.names:
+            raise ConfigError(f"{run} has no embeddings, so it cannot be exported as {name}")
+    make_folder(output)
+    there = set(list_files(output, "")) | {f"img_emb/{n}" for n in list_files(join_url(output, "img_emb"), ".npy")}
+    for name in formats:
+        if clash := sorted(n for n in there if n.startswith(_PREFIXES[name])):
+            raise ConfigError(f"{output}/{clash[0]} is there already: name another folder")
+    return {name: FORMATS[name](catalog, output, kept) for name in dict.fromkeys(formats)}
+
+
+def _rows(catalog: Catalog, columns: Sequence[str], *, kept: bool) -> Iterator[pa.Table]:
+    """Yield these columns of the rows that stayed, or that left, part by part."""
+    asked = list(dict.fromkeys([*columns, schema.STATUS]))
+    for number in range(catalog.n_parts):
+        table = catalog.read(number, asked)
+        stayed = pc.equal(table[schema.STATUS], schema.STATUS_OK)
+        yield table.filter(stayed if kept else pc.invert(stayed)).select(list(columns))
+
+
+def _kept_columns(catalog: Catalog) -> list[str]:
+    return [name for name in catalog.schema.names if name not in _KEPT_LEFT_OUT]
+
+
+def _write_kept(catalog: Catalog, output: str, kept: int) -> int:
+    columns = _kept_columns(catalog)
+    out_schema = pa.schema([catalog.schema.field(name) for name in columns])
+    with (
+        atomic_write(join_url(output, "kept.parquet")) as out,
+        pq.ParquetWriter(out, out_schema, compression="zstd") as writer,
+    ):
+        for table in _rows(catalog, columns, kept=True):
+            if len(table):
+                writer.write_table(table.cast(out_schema))
+    return kept
+
+
+def _write_removed(catalog: Catalog, output: str, kept: int) -> int:
+    del kept
+    columns = [name for name in _REMOVED if name in catalog.schema.names]
+    out_schema = pa.schema([catalog.schema.field(name) for name in columns])
+    count = 0
+    with (
+        atomic_write(join_url(output, "removed.csv")) as out,
+        pacsv.CSVWriter(out, out_schema) as writer,
+    ):
+        for table in _rows(catalog, columns, kept=False):
+            writer.write_table(table.cast(out_schema))
+            count += len(table)
+    return count
+
+
+def _embeddings(table: pa.Table) -> npt.NDArray[np.float32]:
+    column = table[schema.EMBEDDING].combine_chunks()
+    if column.null_count:
+        raise CatalogError("a sample that stayed has no embedding: please report this bug")
+    return np.asarray(column.flatten(), np.float32).reshape(len(column), -1)
+
+
+def _write_npy(catalog: Catalog, output: str, kept: int) -> int:
+    parts = (_embeddings(t) for t in _rows(catalog, [schema.EMBEDDING], kept=True) if len(t))
+    with atomic_write(join_url(output, "embeddings.npy")) as out:
+        first = next(parts, np.empty((0, 0), np.float32))
+        header = {"descr": "<f4", "fortran_order": False, "shape": (kept, first.shape[1])}
+        np.lib.format.write_array_header_2_0(out, header)
+        written = _append(out, first)
+        for block in parts:
+            written += _append(out, block)
+        if written != kept:
+            raise CatalogError(f"{written} embeddings for {kept} samples that stayed: please report this bug")
+    return kept
+
+
+def _append(out: IO[bytes], block: npt.NDArray[np.float32]) -> int:
+    out.write(np.ascontiguousarray(block, dtype="<f4").tobytes())
+    return len(block)
+
+
+def _write_clip_retrieval(catalog: Catalog, output: str, kept: int) -> int:
+    for folder in ("img_emb", "metadata"):
+        make_folder(join_url(output, folder))
+    columns = [*_kept_columns(catalog), schema.EMBEDDING]
+    digits, number = len(str(max(0, catalog.n_parts - 1))), 0
+    for table in _rows(catalog, columns, kept=True):
+        if not len(table):
+            continue
+        name = f"{number:0{digits}d}"
+        metadata = table.drop_columns([schema.EMBEDDING])
+        metadata = metadata.add_column(0, _IMAGE_PATH, table[schema.KEY])
+        write_parquet(join_url(output, "metadata", f"metadata_{name}.parquet"), metadata)
+        # Last, so that whoever finds the embeddings finds what they belong to.
+        with atomic_write(join_url(output, "img_emb", f"img_emb_{name}.npy")) as out:
+            np.lib.format.write_array(out, _embeddings(table).astype(np.float16), allow_pickle=False)
+        number += 1
+    return kept
+
+
+FORMATS: Final[Mapping[str, Callable[[Catalog, str, int], int]]] = {
+    "kept": _write_kept, "removed": _write_removed, "npy": _write_npy, "clip-retrieval": _write_clip_retrieval,
+}  # fmt: skip
+_PREFIXES: Final[Mapping[str, Any]] = {
+    "kept": ("kept.parquet",), "removed": ("removed.csv",), "npy": ("embeddings.npy",), "clip-retrieval": ("img_emb/",),
+}  # fmt: skip

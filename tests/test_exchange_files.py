@@ -1,0 +1,124 @@
+"""Runs as files that other tools read, read by these tools."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client
+from typer.testing import CliRunner
+
+from imgcurate import Pipeline, dedup_embeddings, export_run
+from imgcurate.catalog import Catalog
+from imgcurate.cli import app
+from imgcurate.errors import ConfigError, InputError
+from imgcurate.results import Result
+from imgcurate.stages import (
+    FilePartitioningStage,
+    ImageEmbeddingStage,
+    ImageReaderStage,
+    ImageWriterStage,
+    SemanticDedupStage,
+)
+
+ALL = ("kept", "removed", "npy", "clip-retrieval")
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory, client: Client) -> Result:
+    stages = [
+        FilePartitioningStage(str(shards), 1), ImageReaderStage(), ImageEmbeddingStage(model="tiny-image"),
+        SemanticDedupStage(eps=0.05), ImageWriterStage(images_per_tar=25),
+    ]  # fmt: skip
+    return Pipeline(stages).run(str(tmp_path_factory.mktemp("exchange") / "OUT"), client=client)
+
+
+def test_every_sample_is_in_one_table_and_embeddings_go_with_their_rows(run: Result, tmp_path: Path) -> None:
+    written = export_run(run.output_dir, str(tmp_path / "T"), ALL)
+    catalog = run.catalog.compute().set_index("uid")
+    kept = pq.read_table(tmp_path / "T" / "kept.parquet").to_pandas()
+    with (tmp_path / "T" / "removed.csv").open(newline="") as file:
+        removed = list(csv.DictReader(file))
+    assert written == {"kept": run.kept, "removed": run.samples - run.kept, "npy": run.kept, "clip-retrieval": run.kept}
+    assert kept.uid.tolist() == catalog.index[catalog.status == "ok"].tolist()
+    assert {int(r["uid"]) for r in removed} == set(catalog.index[catalog.status != "ok"])
+    for row in removed:
+        assert row["reason"] == catalog.reason[int(row["uid"])] != ""
+        assert int(row["duplicate_of"]) == catalog.duplicate_of[int(row["uid"])]
+    x = np.load(tmp_path / "T" / "embeddings.npy")
+    assert x.dtype == np.float32
+    assert np.array_equal(x, np.stack(catalog.embedding[kept.uid]))
+
+
+def test_clip_retrieval_folders_are_those_that_it_writes(run: Result, tmp_path: Path, client: Client) -> None:
+    folder = tmp_path / "T"
+    export_run(run.output_dir, str(folder), ["clip-retrieval"])
+    names = sorted(p.name for p in (folder / "img_emb").iterdir())
+    assert names == [f"img_emb_{i}.npy" for i in range(4)]
+    arrays = [np.load(folder / "img_emb" / name) for name in names]
+    tables = [pq.read_table(folder / "metadata" / f"metadata_{i}.parquet") for i in range(4)]
+    assert all(a.dtype == np.float16 and len(a) == len(t) for a, t in zip(arrays, tables, strict=True))
+    assert all("image_path" in t.column_names for t in tables)
+    again = dedup_embeddings(str(folder), str(tmp_path / "D"), id_field="image_path", eps=0.001, client=client)
+    assert (again.rows, again.kept) == (run.kept, run.kept)
+
+
+def test_no_file_is_replaced(run: Result, tmp_path: Path) -> None:
+    export_run(run.output_dir, str(tmp_path), ["kept", "clip-retrieval"])
+    before = (tmp_path / "kept.parquet").read_bytes()
+    for name in ("kept", "clip-retrieval"):
+        with pytest.raises(ConfigError, match="is there already"):
+            export_run(run.output_dir, str(tmp_path), ["removed", name])
+    assert (tmp_path / "kept.parquet").read_bytes() == before
+    assert not (tmp_path / "removed.csv").exists()
+
+
+def test_what_cannot_be_exported_is_told(run: Result, tmp_path: Path, shards: Path, client: Client) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'clip-retrieval'"):
+        export_run(run.output_dir, str(tmp_path / "T"), ["clip_retrieval"])
+    with pytest.raises(InputError, match="not the output folder of a finished run"):
+        export_run(str(tmp_path), str(tmp_path / "T"))
+    stages = [FilePartitioningStage(str(shards)), ImageReaderStage(), ImageWriterStage()]
+    Pipeline(stages).run(str(tmp_path / "OUT"), client=client)
+    with pytest.raises(ConfigError, match="has no embeddings"):
+        export_run(str(tmp_path / "OUT"), str(tmp_path / "T"), ["npy"])
+    assert export_run(str(tmp_path / "OUT"), str(tmp_path / "T")) == {"kept": 72, "removed": 0}
+    assert (tmp_path / "T" / "removed.csv").read_text().count("\n") == 1
+
+
+def test_a_failure_leaves_no_file(run: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Catalog.read
+
+    def read(self: Catalog, number: int, columns: list[str] | None = None) -> object:
+        if number == 2:
+            raise OSError(28, "No space left on device")
+        return real(self, number, columns)
+
+    monkeypatch.setattr(Catalog, "read", read)
+    for name in ("kept", "removed", "npy"):
+        with pytest.raises(Exception, match="No space left"):
+            export_run(run.output_dir, str(tmp_path / name), [name])
+        assert list((tmp_path / name).iterdir()) == []
+
+
+def test_command_names_what_it_wrote(run: Result, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["export", run.output_dir, "-o", str(tmp_path / "T")])
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines() == [f"kept: {run.kept} rows", f"removed: {run.samples - run.kept} rows"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_datasets_load_the_shards(run: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.load_dataset(
+        "webdataset", data_files={"train": run.shards}, split="train", streaming=True, cache_dir=str(tmp_path / "cache")
+    )
+    keys = [(sample["__key__"], sample["jpg"].size) for sample in loaded]
+    catalog = run.catalog.compute()
+    ok = catalog[catalog.status == "ok"]
+    assert keys == [(k, (w, h)) for k, w, h in zip(ok.key, ok.width, ok.height, strict=True)]
