@@ -40,6 +40,7 @@ _REMOVED: Final = (
     schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.REASON, schema.DUPLICATE_OF, schema.DUPLICATE_BY,
     schema.SIMILARITY,
 )  # fmt: skip
+_FORMULA: Final = r"^([=+\-@\t\r])"
 _IMAGE_PATH: Final = "image_path"
 
 
@@ -124,9 +125,18 @@ def _write_removed(catalog: Catalog, output: str, kept: int) -> int:
         pacsv.CSVWriter(out, out_schema) as writer,
     ):
         for table in _rows(catalog, columns, kept=False):
-            writer.write_table(table.cast(out_schema))
+            writer.write_table(_harmless(table.cast(out_schema)))
             count += len(table)
     return count
+
+
+def _harmless(table: pa.Table) -> pa.Table:
+    """Put a ``'`` before text that a spreadsheet would take for a formula: keys are strangers' words."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            text = pc.replace_substring_regex(table[i], pattern=_FORMULA, replacement=r"'\1")
+            table = table.set_column(i, field, text)
+    return table
 
 
 def _embeddings(table: pa.Table) -> npt.NDArray[np.float32]:

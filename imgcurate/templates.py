@@ -16,7 +16,7 @@ from imgcurate.config import RunConfig
 from imgcurate.stages.base import Stage
 from imgcurate.stages.registry import STAGES
 
-__all__ = ["SCHEMA_FILE", "commented_yaml", "json_schema"]
+__all__ = ["SCHEMA_FILE", "commented_yaml", "json_schema", "stages_markdown"]
 
 SCHEMA_FILE: Final = "pipeline.schema.json"
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -103,6 +103,46 @@ def commented_yaml(inputs: Sequence[str] = ("shards/*.tar",)) -> str:
     for name, kind in STAGES.items():
         lines += ["", *_commented_stage(name, kind, _USED.get(name))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def stages_markdown() -> str:
+    """Return the documentation of the stages, from their docstrings, as Markdown."""
+    lines = [
+        "# Stages", "",
+        "In the order in which a pipeline mostly has them. Parameters are those of Python and of YAML files.", "",
+    ]  # fmt: skip
+    for name, kind in STAGES.items():
+        described = _described(kind)
+        lines += [f"## {name}", "", *_prose(kind), "", "| parameter | default | |", "| --- | --- | --- |"]
+        for parameter in _parameters(kind).values():
+            default = "required" if parameter.default is inspect.Parameter.empty else f"`{_plain(parameter.default)}`"
+            text = described.get(parameter.name, "").replace("|", "\\|")
+            lines.append(f"| `{parameter.name}` | {default} | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _prose(kind: type[Stage]) -> list[str]:
+    """Return what a docstring says before its first section."""
+    lines = (inspect.getdoc(kind) or "").splitlines()
+    ends = (i for i, below in enumerate(lines[1:]) if below and set(below) == {"-"})
+    text = "\n".join(lines[: next(ends, len(lines))]).strip()
+    table = re.compile(r"^(?:=[= ]+\n).*^=[= ]+$", re.MULTILINE | re.DOTALL)
+    if found := table.search(text):
+        before, after = text[: found.start()], text[found.end() :]
+        return [
+            *_plain_markup(before),
+            "```text",
+            *found[0].replace("``", "").splitlines(),
+            "```",
+            *_plain_markup(after),
+        ]
+    return _plain_markup(text)
+
+
+def _plain_markup(text: str) -> list[str]:
+    """Return reStructuredText as Markdown, as far as docstrings here use it."""
+    return re.sub(r":\w+:`~?\.?([^`]+)`", r"`\1`", text.replace("``", "`")).splitlines()
 
 
 def _commented_stage(name: str, kind: type[Stage], used: Mapping[str, Any] | None) -> list[str]:

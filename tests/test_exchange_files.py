@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,17 @@ def test_clip_retrieval_folders_are_those_that_it_writes(run: Result, tmp_path: 
     assert all("image_path" in t.column_names for t in tables)
     again = dedup_embeddings(str(folder), str(tmp_path / "D"), id_field="image_path", eps=0.001, client=client)
     assert (again.rows, again.kept) == (run.kept, run.kept)
+
+
+def test_no_key_is_a_formula(tmp_path: Path, client: Client, write_tar: Callable[..., Path]) -> None:
+    keys = ["=1+1", "+2", "-3", "@x", "plain=4"]
+    write_tar(tmp_path / "0.tar", [(key, {"txt": b"no image"}) for key in keys])
+    stages = [FilePartitioningStage(str(tmp_path / "0.tar")), ImageReaderStage(), ImageWriterStage()]
+    out = str(tmp_path / "OUT")
+    Pipeline(stages).run(out, client=client)
+    export_run(out, str(tmp_path / "T"), ["removed"])
+    with (tmp_path / "T" / "removed.csv").open(newline="") as file:
+        assert [row["key"] for row in csv.DictReader(file)] == ["'=1+1", "'+2", "'-3", "'@x", "plain=4"]
 
 
 def test_no_file_is_replaced(run: Result, tmp_path: Path) -> None:
