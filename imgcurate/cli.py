@@ -19,9 +19,11 @@ from imgcurate.console import (
     DryRun,
     Inputs,
     Json,
+    LogJson,
     MaxFailed,
     Output,
     Overwrite,
+    Performance,
     Quiet,
     Report,
     Resume,
@@ -172,6 +174,8 @@ def curate(
     max_failed: MaxFailed = None,
     retry_failed: RetryFailed = False,
     report: Report = None,
+    log_json: LogJson = None,
+    performance_report: Performance = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -228,7 +232,8 @@ def curate(
     result = run_command(
         partial(pipeline.run, output), device=device, n_workers=workers, scheduler=scheduler,
         tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite, resume=resume, max_failed=max_failed or 0,
-        retry_failed=retry_failed, report=report, quiet=quiet or as_json,
+        retry_failed=retry_failed, report=report, performance_report=performance_report, log=log_json,
+        quiet=quiet or as_json,
     )  # fmt: skip
     show_result(result, as_json)
 
@@ -252,6 +257,8 @@ def run(
     max_failed: MaxFailed = None,
     retry_failed: RetryFailed = False,
     report: Report = None,
+    log_json: LogJson = None,
+    performance_report: Performance = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -274,7 +281,8 @@ def run(
         partial(stages.run, output), device=device or config.device, n_workers=workers or config.workers,
         scheduler=scheduler or config.scheduler, tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite,
         resume=resume, max_failed=max_failed if max_failed is not None else config.max_failed,
-        retry_failed=retry_failed, report=report, quiet=quiet or as_json,
+        retry_failed=retry_failed, report=report, performance_report=performance_report, log=log_json,
+        quiet=quiet or as_json,
     )  # fmt: skip
     show_result(result, as_json)
 

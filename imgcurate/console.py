@@ -22,9 +22,11 @@ __all__ = [
     "DryRun",
     "Inputs",
     "Json",
+    "LogJson",
     "MaxFailed",
     "Output",
     "Overwrite",
+    "Performance",
     "Quiet",
     "Report",
     "Resume",
@@ -83,6 +85,12 @@ StorageOption = Annotated[
     ),
 ]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the accounting alone.")]
+LogJson = Annotated[
+    str | None, typer.Option("--log-json", metavar="FILE", help="Append a line of JSON for each partition that ends.")
+]
+Performance = Annotated[
+    str | None, typer.Option("--performance-report", metavar="FILE.html", help="Write Dask's own report of the tasks.")
+]
 Report = Annotated[
     bool | None, typer.Option("--report/--no-report", help="Make OUT/report.html at the end; the default.")
 ]
@@ -100,7 +108,7 @@ class StoppedError(ImgcurateError):
 
 
 @contextmanager
-def running(quiet: bool) -> Iterator[Any]:
+def running(quiet: bool, log: str | None = None) -> Iterator[Any]:
     """Yield a callback that shows progress; Ctrl-C and SIGTERM end what runs in this context, and say how to go on.
 
     Raises
@@ -110,7 +118,7 @@ def running(quiet: bool) -> Iterator[Any]:
     """
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        with show_progress(quiet) as progress:
+        with show_progress(quiet, log) as progress:
             yield progress
     except KeyboardInterrupt as exc:
         raise StoppedError from exc
@@ -124,7 +132,14 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def run_command(
-    execute: Callable[..., Any], *, device: str, scheduler: str | None, tls: Tls, quiet: bool, **options: Any
+    execute: Callable[..., Any],
+    *,
+    device: str,
+    scheduler: str | None,
+    tls: Tls,
+    quiet: bool,
+    log: str | None = None,
+    **options: Any,
 ) -> Any:
     """Execute something as Pipeline.run does, with progress; say how it ended, and return its result."""
     from imgcurate.backend import get_backend, why_no_gpu
@@ -134,7 +149,7 @@ def run_command(
         backend = get_backend(device)
         if device == "auto" and not backend.is_gpu and not quiet:
             typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
-    with running(quiet) as progress:
+    with running(quiet, log) as progress:
         result = execute(scheduler=scheduler, device=device, progress=progress, **options)
     if not quiet and not result.shards:
         why = "nothing was kept" if not result.kept else "the pipeline has no ImageWriterStage"

@@ -21,6 +21,7 @@ from imgcurate.archives import Archives
 from imgcurate.catalog import Catalog, write_parquet
 from imgcurate.errors import ImgcurateError
 from imgcurate.folders import copy_files
+from imgcurate.metrics import counted
 from imgcurate.storage import Source, StorageOptions, atomic_write, join_url
 from imgcurate.success import FileDigest, HashingWriter, file_digest
 from imgcurate.tar import BLOCK, end_of_archive, padding, scan_tar, tar_header
@@ -144,12 +145,14 @@ def write_shard(
     Memory is one copy block and the rows of the shard. The sidecar is written last: a shard that
     has one is complete.
     """
-    content = ShardContent.of(shard, catalog)
     name = shard_name(shard.number)
-    with atomic_write(join_url(folder, f"{name}.tar"), catalog.storage_options) as out:
-        hashing = HashingWriter(out)
-        content.write_tar(hashing, read_options)
-    write_parquet(join_url(folder, f"{name}.parquet"), content.sidecar, catalog.storage_options)
+    with counted("write") as work:
+        content = ShardContent.of(shard, catalog)
+        with atomic_write(join_url(folder, f"{name}.tar"), catalog.storage_options) as out:
+            hashing = HashingWriter(out)
+            content.write_tar(hashing, read_options)
+        write_parquet(join_url(folder, f"{name}.parquet"), content.sidecar, catalog.storage_options)
+        work.counts = {schema.STATUS_OK: shard.samples}
     return _description(shard, hashing.digest, folder, catalog.storage_options)
 
 

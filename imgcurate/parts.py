@@ -23,6 +23,7 @@ from imgcurate.catalog import Catalog
 from imgcurate.dedup.verdicts import Ledger
 from imgcurate.execution import COUNTS, RESULT_META, number_frame, reason_of, result_frame
 from imgcurate.export import kept_counts
+from imgcurate.metrics import counted
 from imgcurate.stages.executor import Program, frame_types
 from imgcurate.success import file_digest
 
@@ -68,7 +69,15 @@ def made_parts(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, prog
 def _make_part(
     frame: Any, numbers: pd.DataFrame, catalog: Catalog, program: Program | None, in_schema: pa.Schema, out: pa.Schema
 ) -> pd.DataFrame:
-    number, table = _number(numbers), _table(frame, in_schema)
+    with counted("make") as work:
+        result = _made_part(_number(numbers), _table(frame, in_schema), catalog, program, out)
+        work.counts = result[COUNTS]
+    return result_frame(_number(numbers), result)
+
+
+def _made_part(
+    number: int, table: pa.Table, catalog: Catalog, program: Program | None, out: pa.Schema
+) -> dict[str, Any]:
     marks = program is not None and program.decodes
     begun_before = marks and catalog.attempts.begin(number)
     try:
@@ -81,7 +90,7 @@ def _make_part(
         if marks:
             catalog.attempts.end(number)
     digest = file_digest(catalog.part_url(number), catalog.storage_options)
-    return result_frame(number, {COUNTS: kept_counts(table), FILE: asdict(digest)})
+    return {COUNTS: kept_counts(table), FILE: asdict(digest)}
 
 
 def _table(frame: Any, in_schema: pa.Schema) -> pa.Table:
@@ -102,15 +111,19 @@ def deltas(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, out: pa.
 
 def _write_delta(frame: Any, numbers: pd.DataFrame, catalog: Catalog, out: pa.Schema) -> pd.DataFrame:
     number, table = _number(numbers), _table(frame, out)
-    catalog.write_delta(number, table)
-    return result_frame(number, {COUNTS: kept_counts(table)})
+    with counted("decide") as work:
+        catalog.write_delta(number, table)
+        work.counts = kept_counts(table)
+    return result_frame(number, {COUNTS: work.counts})
 
 
 def write_decided(number: int, ledger: Ledger, catalog: Catalog, out: pa.Schema) -> dict[str, Any]:
     """Write what a dedup job decided about a part as a delta of the catalog's last phase."""
-    table = ledger.table(number, out.names).cast(out)
-    catalog.write_delta(number, table)
-    return {COUNTS: kept_counts(table)}
+    with counted("decide") as work:
+        table = ledger.table(number, out.names).cast(out)
+        catalog.write_delta(number, table)
+        work.counts = kept_counts(table)
+    return {COUNTS: work.counts}
 
 
 def salvaged_parts(

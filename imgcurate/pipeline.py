@@ -79,6 +79,7 @@ class Pipeline:
         max_failed: int = 0,
         retry_failed: bool = False,
         report: bool | None = None,
+        performance_report: str | None = None,
         progress: Progress | None = None,
     ) -> Result:
         """Run the pipeline, or go on with a run that was stopped.
@@ -114,6 +115,8 @@ class Pipeline:
         report : bool, optional
             Whether ``report.html`` is made at the end; by default unless the environment variable
             ``IMGCURATE_REPORT`` is ``0``.
+        performance_report : str, optional
+            Path of an HTML file that gets Dask's own report of tasks, transfers and memory.
         progress : callable, optional
             Called as partitions end.
 
@@ -150,7 +153,7 @@ class Pipeline:
         )  # fmt: skip
         return run.start(
             client=client, scheduler=scheduler, security=security, device=device, n_workers=n_workers,
-            overwrite=overwrite, resume=resume, report=report,
+            overwrite=overwrite, resume=resume, report=report, performance_report=performance_report,
         )  # fmt: skip
 
     def _described(self) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import dask.dataframe as dd
 from distributed import Client
+from distributed import performance_report as dask_performance_report
 from distributed.security import Security
 
 from imgcurate import schema
@@ -117,8 +118,10 @@ class Run:
         overwrite: bool,
         resume: bool,
         report: bool | None = None,
+        performance_report: str | None = None,
     ) -> Result:
         """Do what is missing of the run on a cluster, and return its result; see :meth:`Pipeline.run`."""
+        self.performance_report = performance_report
         result = self._run(client, scheduler, security, device, n_workers, overwrite=overwrite, resume=resume)
         if is_wanted(report) and (self._executed or not exists(join_url(self.folder, REPORT))):
             self._report()
@@ -152,6 +155,9 @@ class Run:
                 if (finished := self._finished(overwrite=overwrite, resume=resume)) is not None:
                     return finished
                 check_storage(self.client, self.folder, self.origin.first, self.origin.options)
+            if self.performance_report is not None:
+                stack.enter_context(self.client.as_current())
+                stack.enter_context(dask_performance_report(self.performance_report, mode="inline"))
             return self._start(overwrite=overwrite, resume=resume)
 
     def _finished(self, *, overwrite: bool, resume: bool) -> Result | None:

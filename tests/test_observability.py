@@ -1,0 +1,81 @@
+"""What a run tells while it runs: lines of JSON, Dask's report, counters for Prometheus, a line for each phase."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from imgcurate import Pipeline
+from imgcurate.cli import app
+from imgcurate.cluster import open_client
+from imgcurate.progress import show_progress
+from imgcurate.stages import FilePartitioningStage, ImageEmbeddingStage, ImageReaderStage, ImageWriterStage
+
+
+def pipeline(shards: Path) -> Pipeline:
+    stages = [FilePartitioningStage(str(shards), 1), ImageReaderStage(), ImageEmbeddingStage(model="tiny-image")]
+    return Pipeline([*stages, ImageWriterStage(images_per_tar=30)])
+
+
+def test_workers_count_what_they_did(shards: Path, tmp_path: Path) -> None:
+    with open_client(device="cpu", n_workers=1) as client:
+        pipeline(shards).run(str(tmp_path / "OUT"), client=client)
+        (worker,) = client.scheduler_info(n_workers=-1)["workers"].values()
+        url = f"http://127.0.0.1:{worker['services']['dashboard']}/metrics"
+        with urllib.request.urlopen(url) as answer:
+            lines = answer.read().decode().splitlines()
+    found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith("imgcurate_")}
+    assert found['imgcurate_partitions_total{work="make"}'] == 4
+    assert found['imgcurate_samples_total{status="ok",work="make"}'] == 72
+    assert found['imgcurate_partitions_total{work="write"}'] == 3
+    assert found['imgcurate_samples_total{status="ok",work="write"}'] == 72
+    assert found['imgcurate_seconds_total{work="make"}'] > 0
+
+
+def test_a_log_has_a_line_for_each_partition_and_dask_reports_its_tasks(shards: Path, tmp_path: Path) -> None:
+    log, performance = tmp_path / "log.jsonl", tmp_path / "performance.html"
+    log.write_text('{"before": 1}\n')
+    command = ["curate", str(shards), "-o", str(tmp_path / "OUT"), "--encoder", "tiny-image",
+               "--files-per-partition", "1", "--workers", "1", "-q", "--log-json", str(log), "--performance-report", str(performance)]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    before, *lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert before == {"before": 1}
+    read = [line for line in lines if line["phase"] == "read"]
+    assert [(line["done"], line["total"]) for line in read] == [(i, 4) for i in (1, 2, 3, 4)]
+    assert sum(line["counts"]["ok"] for line in read) == 72
+    assert all(line["time"].endswith("+00:00") for line in lines)
+    text = performance.read_text()
+    assert "Bokeh" in text
+    assert '<script type="text/javascript" src=' not in text
+
+
+def test_a_log_that_cannot_be_written_is_wrong_usage(shards: Path, tmp_path: Path) -> None:
+    command = [
+        "curate",
+        str(shards),
+        "-o",
+        str(tmp_path / "OUT"),
+        "--encoder",
+        "tiny-image",
+        "--log-json",
+        str(tmp_path),
+    ]
+    done = CliRunner().invoke(app, command)
+    assert "cannot write the log" in str(done.exception)
+
+
+def test_plain_lines_say_how_many_are_left_and_how_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress(quiet=False) as show:
+        assert show is not None
+        for done in range(1, 4):
+            show("read", done, 3, {"counts": {"ok": 3, "nsfw": 1}})
+        show("write", 1, 1, {})
+    read, write = capsys.readouterr().err.splitlines()
+    assert read.startswith("read: 3 of 3 (12 samples, 75.0% ok, ")
+    assert read.endswith("/s)")
+    assert write == "write: 1 of 1"
