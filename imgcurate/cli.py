@@ -225,17 +225,12 @@ def curate(
     pipeline = _pipeline(
         inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **limits
     )
-    pipeline.plan()
-    if dry_run:
-        show_estimate(pipeline, output, device=device, n_workers=workers, as_json=as_json)
-        return
-    result = run_command(
-        partial(pipeline.run, output), device=device, n_workers=workers, scheduler=scheduler,
-        tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite, resume=resume, max_failed=max_failed or 0,
-        retry_failed=retry_failed, report=report, performance_report=performance_report, log=log_json,
-        quiet=quiet or as_json,
+    _execute(
+        pipeline, output, dry_run=dry_run, as_json=as_json, quiet=quiet, device=device, n_workers=workers,
+        scheduler=scheduler, tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite, resume=resume,
+        max_failed=max_failed or 0, retry_failed=retry_failed, report=report, log=log_json,
+        performance_report=performance_report,
     )  # fmt: skip
-    show_result(result, as_json)
 
 
 @app.command(epilog="Example: imgcurate run pipeline.yaml -o OUT --set stages.SemanticDedupStage.eps=0.03")
@@ -270,20 +265,27 @@ def run(
     if config.imports_stages:
         # They are imported from where the command runs, as Python does it; nothing else is.
         sys.path.insert(0, str(Path.cwd()))
-    stages = config.pipeline()
-    stages.plan()
+    _execute(
+        config.pipeline(), output, dry_run=dry_run, as_json=as_json, quiet=quiet, device=device or config.device,
+        n_workers=workers or config.workers, scheduler=scheduler or config.scheduler,
+        tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite, resume=resume, retry_failed=retry_failed,
+        max_failed=max_failed if max_failed is not None else config.max_failed, report=report, log=log_json,
+        performance_report=performance_report,
+    )  # fmt: skip
+
+
+def _execute(
+    pipeline: Any, output: str, *, dry_run: bool, as_json: bool, quiet: bool, device: str, n_workers: int | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Run a pipeline, or say what it would do."""
+    pipeline.plan()
     if dry_run:
-        show_estimate(
-            stages, output, device=device or config.device, n_workers=workers or config.workers, as_json=as_json
-        )
+        show_estimate(pipeline, output, device=device, n_workers=n_workers, as_json=as_json)
         return
     result = run_command(
-        partial(stages.run, output), device=device or config.device, n_workers=workers or config.workers,
-        scheduler=scheduler or config.scheduler, tls=(tls_ca_file, tls_cert, tls_key), overwrite=overwrite,
-        resume=resume, max_failed=max_failed if max_failed is not None else config.max_failed,
-        retry_failed=retry_failed, report=report, performance_report=performance_report, log=log_json,
-        quiet=quiet or as_json,
-    )  # fmt: skip
+        partial(pipeline.run, output), device=device, n_workers=n_workers, quiet=quiet or as_json, **options
+    )
     show_result(result, as_json)
 
 

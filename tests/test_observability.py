@@ -39,8 +39,8 @@ def test_workers_count_what_they_did(shards: Path, tmp_path: Path) -> None:
 def test_a_log_has_a_line_for_each_partition_and_dask_reports_its_tasks(shards: Path, tmp_path: Path) -> None:
     log, performance = tmp_path / "log.jsonl", tmp_path / "performance.html"
     log.write_text('{"before": 1}\n')
-    command = ["curate", str(shards), "-o", str(tmp_path / "OUT"), "--encoder", "tiny-image",
-               "--files-per-partition", "1", "--workers", "1", "-q", "--log-json", str(log), "--performance-report", str(performance)]  # fmt: skip
+    command = ["curate", str(shards), "-o", str(tmp_path / "OUT"), "--encoder", "tiny-image", "--workers", "1", "-q"]
+    command += ["--files-per-partition", "1", "--log-json", str(log), "--performance-report", str(performance)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     before, *lines = [json.loads(line) for line in log.read_text().splitlines()]
