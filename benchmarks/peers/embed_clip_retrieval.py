@@ -30,10 +30,12 @@ def main(model: str, batch_size: int, workers: int, threads: int, shards: list[s
         name = f"open_clip:{model}/{weights}"
         load_clip(clip_model=name, use_jit=False, warmup_batch_size=1, clip_cache_path=None)
 
+        pattern = f"{{{','.join(shards)}}}" if len(shards) > 1 else shards[0]
+
         def work() -> int:
             with tempfile.TemporaryDirectory() as out:
                 clip_inference(
-                    shards, out, input_format="webdataset", batch_size=batch_size, num_prepro_workers=workers,
+                    pattern, out, input_format="webdataset", batch_size=batch_size, num_prepro_workers=workers,
                     enable_text=False, enable_metadata=False, clip_model=name, use_jit=False, enable_wandb=False,
                     write_batch_size=10**6, distribution_strategy="sequential", output_partition_count=1,
                 )  # fmt: skip

@@ -49,7 +49,7 @@ def tasks(loader: webdataset.WebLoader) -> Iterator[ImageBatch]:
         images = [
             ImageObject(image_data=np.asarray(image), image_id=f"{number}-{i}") for i, (image,) in enumerate(batch)
         ]
-        yield ImageBatch(task_id=str(number), dataset_name="photos", data=images)
+        yield ImageBatch(dataset_name="photos", data=images)
 
 
 def make_model(folder: Path, model: str) -> None:
