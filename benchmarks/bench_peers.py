@@ -6,8 +6,8 @@
 Each peer is a driver in `peers/`, run by the Python of its own environment; a peer whose Python is not named is left
 out. The *plain loop* is webdataset, a DataLoader and open_clip, as a good engineer writes it; it runs here, in the
 type that imgcurate takes by itself and in float32, with several numbers of processes that decode, and the best of
-them counts. The others have a process that decodes for each core. The peers embed, and that is all; imgcurate writes the catalog and the shards too. Models are
-loaded before the clock starts, and who waits does nothing.
+them counts. The others have a process that decodes for each core. The peers embed, and that is all; imgcurate writes
+the catalog and the shards too. Models are loaded before the clock starts, and who waits does nothing.
 
 Claimed, on a CPU: 1.5 times the best of the peers.
 """

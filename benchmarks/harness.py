@@ -46,6 +46,9 @@ import psutil
 
 __all__ = ["Case", "CountError", "argument_parser", "compare", "environment", "write_tar"]
 
+# A run's report is no part of what is measured.
+os.environ.setdefault("IMGCURATE_REPORT", "0")
+
 _CHILDREN_EVERY_S: Final = 0.2
 _MIN_REPEATS: Final = 5
 _PACKAGES: Final = "imgcurate numpy pyarrow pandas dask distributed torch".split()

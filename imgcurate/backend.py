@@ -59,6 +59,9 @@ DEVICES: Final = ("auto", "cpu", "gpu")
 _INIT_ROWS_PER_CLUSTER: Final = 8
 # torch's allocator on the CPU, cuBLAS and cuDNN have no exception of their own for this.
 _OUT_OF_MEMORY_TEXTS: Final = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+# Tasks of dedup share a GPU by four.
+_RESIDENT_SHARE: Final = 0.15
+_CARRIED_ROWS: Final = 262_144
 _CPU_BATCH: Final = 32
 _GPU_BATCH: Final = 256
 _GPU_LIBRARIES: Final = ("cudf", "cupy", "cuml")
@@ -146,6 +149,19 @@ class Backend:
     def product_operand(self, array: Any) -> Any:
         """Return an array on the device as :attr:`product_dtype`."""
         return self.asarray(array).astype(self.product_dtype, copy=False)
+
+    def resident_operand(self, array: npt.NDArray[Any]) -> Any:
+        """Return :meth:`product_operand` of a whole array, if a GPU has room for it beside what else is done there."""
+        if not self.is_gpu:
+            return None
+        _, total = self.xp.cuda.runtime.memGetInfo()
+        if array.size * np.dtype(self.product_dtype).itemsize > _RESIDENT_SHARE * total:
+            return None
+        operand = self.xp.empty(array.shape, self.product_dtype)
+        for start in range(0, len(array), _CARRIED_ROWS):
+            # The whole in float32 would need twice the room.
+            operand[start : start + _CARRIED_ROWS] = self.asarray(array[start : start + _CARRIED_ROWS])
+        return operand
 
     def asarray(self, array: npt.NDArray[Any]) -> Any:
         """Return a host array as an array of :attr:`xp`; no copy on the CPU."""

@@ -247,7 +247,7 @@ class Attempts:
     Attributes
     ----------
     folder : str
-        URL of the folder of markers, empty files named like the parts.
+        URL of the folder of markers, empty files named by the numbers of the parts.
     storage_options : mapping, optional
         Passed to fsspec.
 
@@ -273,7 +273,7 @@ class Attempts:
         remove(self._url(number, shard), self.storage_options)
 
     def _url(self, number: int, shard: int | None) -> str:
-        return join_url(self.folder, part_name(number) if shard is None else f"{part_name(number)}.{shard}")
+        return join_url(self.folder, f"{number:05d}" if shard is None else f"{number:05d}.{shard}")
 
 
 @dataclass(frozen=True)

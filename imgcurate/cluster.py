@@ -95,13 +95,26 @@ def open_client(
     _check_main_guard()
     backend = get_backend(device)
     with _worker_environment():
-        if backend.is_gpu:
-            cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
-        else:
-            cluster = _cpu_cluster(n_workers, dashboard_address)
+        try:
+            if backend.is_gpu:
+                cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
+            else:
+                cluster = _cpu_cluster(n_workers, dashboard_address)
+        except (RuntimeError, OSError, TimeoutError) as exc:
+            raise ClusterError(
+                f"the workers of this machine could not be started ({_first_cause(exc)}): one died, or had no memory, "
+                "disk or port; run the same command again"
+            ) from exc
     with _closing(cluster), _closing(Client(cluster)) as client:
         client.run(_ignore_interrupts)
         yield client
+
+
+def _first_cause(exc: BaseException) -> str:
+    """Return what an error was raised from at first, in a line."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return " ".join(str(exc).split()) or type(exc).__name__
 
 
 @contextlib.contextmanager

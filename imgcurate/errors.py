@@ -19,7 +19,10 @@ A bad *sample* never raises: it becomes a row whose ``status`` and ``reason`` sa
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 __all__ = [
     "CatalogError",
@@ -99,6 +102,9 @@ class ClusterError(ImgcurateError):
     """Dask workers that died or could not be reached."""
 
 
+_DISK_FULL: Final = os.strerror(errno.ENOSPC)
+
+
 class PartitionsError(ClusterError):
     """Partitions that failed for good, more than were allowed to.
 
@@ -123,6 +129,12 @@ class PartitionsError(ClusterError):
         number, reason = next(iter(self.failed.items()))
         n = len(self.failed)
         again = "to try just these again" if self.complete else "to go on"
+        if _DISK_FULL in reason:
+            # To go on without them would be to lose samples for want of room.
+            return (
+                f"{self.phase}: {n} of {self.total} partitions failed, the first is partition {number}: {reason}; what "
+                "was finished is kept: make room, and run again to go on"
+            )
         most = f"with --max-failed {n}" if self.complete else "with a higher --max-failed"
         return (
             f"{self.phase}: {n} of {self.total} partitions failed, the first is partition {number}: {reason}; what was "

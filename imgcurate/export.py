@@ -151,9 +151,10 @@ def write_shard(
         with atomic_write(join_url(folder, f"{name}.tar"), catalog.storage_options) as out:
             hashing = HashingWriter(out)
             content.write_tar(hashing, read_options)
+            digest = hashing.digest
         write_parquet(join_url(folder, f"{name}.parquet"), content.sidecar, catalog.storage_options)
         work.counts = {schema.STATUS_OK: shard.samples}
-    return _description(shard, hashing.digest, folder, catalog.storage_options)
+    return _description(shard, digest, folder, catalog.storage_options)
 
 
 def describe_shard(shard: OutputShard, folder: str, storage_options: StorageOptions | None = None) -> dict[str, Any]:

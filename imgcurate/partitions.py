@@ -49,7 +49,14 @@ class Partitions:
             tiny neighbours share one, up to 8 MiB, 64 files and a 64th of the files of the increment.
         increments : sequence of int, optional
             Inputs in all each time that a run began or grew; no part holds inputs of two of them.
+
+        Raises
+        ------
+        ValueError
+            If `increments` do not grow, or are of more inputs than there are.
         """
+        if list(increments) != sorted({*increments}) or (increments and increments[-1] > len(nbytes)):
+            raise ValueError(f"increments={list(increments)} of {len(nbytes)} inputs")
         starts: list[int] = []
         begin = 0
         for end in [*increments, len(nbytes)]:

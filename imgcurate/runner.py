@@ -184,7 +184,12 @@ class Run:
                 self.folder, self._config, self.origin.n_parts, work=_WORK, overwrite=overwrite, resume=resume,
                 grows=True, increments=self.origin.increments, source=self.origin.source,
             )  # fmt: skip
-            return self._execute(manifest)
+            try:
+                return self._execute(manifest)
+            except ImgcurateError as exc:
+                if not exists(self.folder):
+                    raise ImgcurateError(f"{self.folder} was deleted while the run was writing to it") from exc
+                raise
 
     def _execute(self, manifest: Manifest) -> Result:
         catalog = Catalog(self.folder, self.origin.n_parts)

@@ -6,8 +6,10 @@ it finds a whole data set. :mod:`imgcurate.verify` proves what it says.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +26,7 @@ _FORMAT: Final = 1
 _BLOCK_BYTES: Final = 1024**2
 _THREAD_FROM_BYTES: Final = 2 * 1024**2
 _WAITING_BYTES: Final = 8 * 1024**2
+_FLUSH_BYTES: Final = 32 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ class HashingWriter:
     Notes
     -----
     What is large is hashed by a thread of its own, while the caller reads and writes. Up to 8 MiB, or one piece, wait
-    for it.
+    for it. Another one has the disk write what is there already, every 32 MiB, so that whoever flushes the file at its
+    end has little to wait for.
     """
 
     def __init__(self, out: IO[bytes] | None = None) -> None:
@@ -62,6 +66,8 @@ class HashingWriter:
         self._nbytes = self._waiting_bytes = 0
         self._hasher: ThreadPoolExecutor | None = None
         self._waiting: deque[tuple[int, Future[None]]] = deque()
+        self._flushed_bytes = 0
+        self._flush: Future[None] | None = None
 
     def write(self, data: bytes) -> int:
         """Write some bytes."""
@@ -72,7 +78,15 @@ class HashingWriter:
             self._hash.update(data)
         if self._out is not None:
             self._out.write(data)
+            if self._nbytes - self._flushed_bytes >= _FLUSH_BYTES and (self._flush is None or self._flush.done()):
+                self._take_flushed()
+                self._flushed_bytes = self._nbytes
+                self._flush = _flusher().submit(_to_disk, self._out)
         return len(data)
+
+    def _take_flushed(self) -> None:
+        if self._flush is not None:
+            self._flush.result()
 
     def _hash_soon(self, data: bytes) -> None:
         if self._hasher is None:
@@ -89,10 +103,21 @@ class HashingWriter:
 
     @property
     def digest(self) -> FileDigest:
-        """Size and checksum of what was written so far."""
+        """Size and checksum of what was written so far; of a file it has to be asked for before that is closed."""
         while self._waiting:
             self._take_hashed()
+        self._take_flushed()
         return FileDigest(self._nbytes, self._hash.hexdigest())
+
+
+@functools.cache
+def _flusher() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="imgcurate-flush")
+
+
+def _to_disk(out: IO[bytes]) -> None:
+    """Have the disk write what it was given of a file; an error is told once, so it must not be lost."""
+    os.fdatasync(out.fileno())
 
 
 def file_digest(url: str, storage_options: StorageOptions | None = None) -> FileDigest:

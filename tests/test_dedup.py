@@ -16,7 +16,7 @@ from imgcurate.dedup.keep import KeepOrder, hash_uids
 from imgcurate.dedup.kmeans import assign, find_probes, fit_centroids, fit_clustering
 from imgcurate.dedup.passes import Rows
 from imgcurate.dedup.rows import has_direction, unit_rows
-from imgcurate.dedup.similarity import greedy_keep, near_pairs
+from imgcurate.dedup.similarity import Vectors, greedy_keep, near_pairs, remove_chains
 from imgcurate.errors import ConfigError
 
 
@@ -70,6 +70,22 @@ def test_greedy_keep_with_many_equal_rows(backend: Backend) -> None:
     np.testing.assert_array_equal(np.flatnonzero(keeper < 0), [0, 3000, 6000])
     np.testing.assert_array_equal(keeper[keeper >= 0] // 3000, np.repeat([0, 1, 2], 2999))
     np.testing.assert_allclose(similarity[keeper >= 0], 1, atol=1e-6)
+
+
+def test_rows_that_lie_on_the_device_are_compared_alike(backend: Backend) -> None:
+    rng = np.random.default_rng(5)
+    x = unit(rng.standard_normal((3000, 24)).astype(np.float32))
+    x[1500:2500] = unit(x[:1000] + 0.05 * rng.standard_normal((1000, 24)).astype(np.float32))
+    index = rng.permutation(3000)[:2200]
+    there = Vectors(x, index, backend.product_operand(x))
+    for made, expected in (
+        (greedy_keep(there, 0.95, backend), greedy_keep(x[index], 0.95, backend)),
+        (remove_chains(there, 0.95, backend), remove_chains(x[index], 0.95, backend)),
+        (near_pairs(there, there, 0.95, backend), near_pairs(x[index], x[index], 0.95, backend)),
+        (near_pairs(Vectors(x, None, there.on_device), x, 0.95, backend), near_pairs(x, x, 0.95, backend)),
+    ):
+        assert len(made) == len(expected)
+        assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(made, expected, strict=True))
 
 
 def test_near_pairs_finds_exactly_the_near_pairs(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

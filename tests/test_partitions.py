@@ -44,6 +44,12 @@ def test_the_parts_of_an_increment_do_not_change_when_more_come(first: int, more
     assert after.starts[: len(before)] == before.starts
 
 
+@pytest.mark.parametrize("increments", [[5], [3, 2], [2, 2]])
+def test_increments_that_cannot_be_are_refused(increments: list[int]) -> None:
+    with pytest.raises(ValueError, match="increments="):
+        Partitions.divide([1] * 4, None, increments)
+
+
 def test_tiny_files_share_a_part_where_there_are_many() -> None:
     assert len(Partitions.divide([1000] * 100, None)) == 100
     assert len(Partitions.divide([1000] * 100_000, None)) == 1563

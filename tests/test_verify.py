@@ -572,6 +572,16 @@ def test_a_deduplication_of_embeddings(tmp_path: Path, client: Client) -> None:
     assert kinds(verify_run(str(out))) >= {"damaged", "input"}
 
 
+def test_a_record_that_was_changed(out: Path) -> None:
+    manifest = Manifest.load(str(out))
+    manifest.config["stages"][3]["eps"] = 0.5
+    manifest.save(str(out))
+    assert kinds(verify_run(str(out), quick=True)) == {"record"}
+    manifest.config["inputs"].pop()
+    manifest.save(str(out))
+    assert kinds(verify_run(str(out), quick=True)) >= {"record", "catalog"}
+
+
 def test_the_command(out: Path) -> None:
     done = CliRunner().invoke(app, ["verify", str(out), "--quiet"])
     assert (done.exit_code, done.stdout.startswith("72 samples, 3 shards, ")) == (0, True)

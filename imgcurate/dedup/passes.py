@@ -23,7 +23,7 @@ import pyarrow as pa
 from imgcurate.backend import Backend
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.records import Records, array_from_arrow, array_to_arrow
-from imgcurate.dedup.similarity import greedy_keep, near_pairs, remove_chains
+from imgcurate.dedup.similarity import Vectors, greedy_keep, near_pairs, remove_chains
 
 __all__ = ["REFERENCE_BIT", "Decisions", "Pairs", "Places", "Rows", "across", "choose", "orphans_of", "within"]
 
@@ -64,6 +64,13 @@ class Rows(Records):
     def fixed(self) -> npt.NDArray[np.bool_]:
         """Mask of the rows of reference sets."""
         return _is_reference(self.uid)
+
+    def vectors(self, index: Ints, backend: Backend) -> Vectors:
+        """Return some rows for products; on a GPU all are carried there the first time, if there is room for them."""
+        if "_on_device" not in self.__dict__:
+            self.__dict__["_on_device"] = backend.resident_operand(self.x)
+        on_device = self.__dict__["_on_device"]
+        return Vectors(self.x[index]) if on_device is None else Vectors(self.x, index, on_device)
 
     def at_home(self, index: npt.NDArray[Any] | None = None) -> Places:
         """Return where the rows are looked at first: all, or those at these positions or of this mask."""
@@ -226,7 +233,7 @@ def within(rows: Rows, config: DedupConfig, backend: Backend) -> Decisions:
     similarity = np.full(len(rows), np.nan)
     fixed = rows.fixed
     for place in rows.in_order().values():
-        x = rows.x[place]
+        x = rows.vectors(place, backend)
         if config.mode == "semdedup":
             local, similarity[place] = remove_chains(x, config.threshold, backend)
         else:
@@ -263,7 +270,7 @@ def across(a: Places, b: Iterable[Places], config: DedupConfig, backend: Backend
 
 def _near(a: Rows, left: Ints, b: Rows, right: Ints, threshold: float, backend: Backend) -> Pairs:
     """Return the near pairs of rows at some positions of `a` and of `b`."""
-    i, j, similarity = near_pairs(a.x[left], b.x[right], threshold, backend)
+    i, j, similarity = near_pairs(a.vectors(left, backend), b.vectors(right, backend), threshold, backend)
     i, j = left[i], right[j]
     distinct = a.uid[i] != b.uid[j]
     i, j = i[distinct], j[distinct]

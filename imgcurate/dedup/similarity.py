@@ -8,6 +8,7 @@ precision or the device's order of summation.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -15,14 +16,74 @@ import numpy.typing as npt
 
 from imgcurate.backend import Backend
 
-__all__ = ["exact_similarity", "greedy_keep", "near_pairs", "product_error", "remove_chains", "rounding_error"]
+__all__ = [
+    "Vectors",
+    "exact_similarity",
+    "greedy_keep",
+    "near_pairs",
+    "product_error",
+    "remove_chains",
+    "rounding_error",
+]
 
 _BLOCK_ROWS: Final = 512
+# A GPU waits for the host after each block, so there its blocks are larger.
+_GPU_BLOCK_ROWS: Final = 4096
 _SLICE_ROWS: Final = 16_384
 _EXACT_ROWS: Final = 8192
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Unit rows on the host, all or some of an array, and where it lies on the device already, that array there.
+
+    Attributes
+    ----------
+    x : ndarray of float32 of shape (m, d)
+        The array.
+    index : ndarray of int64 of shape (n,), optional
+        Which of its rows are meant; by default all, in their order.
+    on_device : array of shape (m, d), optional
+        :meth:`Backend.product_operand` of `x`; what is multiplied is taken from it, and not carried there again.
+    """
+
+    x: Floats
+    index: Ints | None = None
+    on_device: Any = None
+
+    @staticmethod
+    def of(x: Floats | Vectors) -> Vectors:
+        """Return vectors as such."""
+        return x if isinstance(x, Vectors) else Vectors(x)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.x) if self.index is None else len(self.index)
+
+    @property
+    def dim(self) -> int:
+        """Length of a row."""
+        return int(self.x.shape[1])
+
+    def rows(self, at: Any) -> Floats:
+        """Return rows on the host, by their positions among these, or a slice of them."""
+        rows: Floats = self.x[at if self.index is None else self.index[at]]
+        return rows
+
+    def operand(self, at: Any, backend: Backend) -> Any:
+        """Return rows as an operand of products, on the device."""
+        if self.on_device is None:
+            return backend.product_operand(self.rows(at))
+        if self.index is None:
+            return self.on_device[at if isinstance(at, slice) else backend.asarray(at)]
+        return self.on_device[backend.asarray(self.index[at])]
+
+
+def _block_rows(backend: Backend) -> int:
+    return _GPU_BLOCK_ROWS if backend.is_gpu else _BLOCK_ROWS
 
 
 def rounding_error(dim: int) -> float:
@@ -46,25 +107,28 @@ def product_error(dim: int, dtype: npt.DTypeLike) -> float:
     return rounding_error(dim) + 3 * unit + unit * unit + 2.0**-24 * math.sqrt(dim)
 
 
-def exact_similarity(a: Floats, b: Floats, i: npt.NDArray[Any], j: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def exact_similarity(
+    a: Floats | Vectors, b: Floats | Vectors, i: npt.NDArray[Any], j: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
     """Return the inner products ``a[i] . b[j]`` in float64, each computed in the same way."""
+    a, b = Vectors.of(a), Vectors.of(b)
     out = np.empty(len(i))
     for start in range(0, len(i), _EXACT_ROWS):
         at = slice(start, start + _EXACT_ROWS)
-        left = a[i[at]].astype(np.float64)
-        left *= b[j[at]]
+        left = a.rows(i[at]).astype(np.float64)
+        left *= b.rows(j[at])
         out[at] = left.sum(axis=1)
     return out
 
 
 def greedy_keep(
-    x: Floats, threshold: float, backend: Backend, *, n_fixed: int = 0, only_fixed: bool = False
+    x: Floats | Vectors, threshold: float, backend: Backend, *, n_fixed: int = 0, only_fixed: bool = False
 ) -> tuple[Ints, npt.NDArray[np.float64]]:
     """Go through rows in order; keep each that is not near a row kept before.
 
     Parameters
     ----------
-    x : ndarray of float32 of shape (n, d)
+    x : ndarray of float32 of shape (n, d), or Vectors
         Unit rows, the preferred first.
     threshold : float
         Rows with a cosine similarity >= this are near.
@@ -86,23 +150,25 @@ def greedy_keep(
     -----
     Time is O(n x kept x d); device memory beside the kept rows is one block of products.
     """
-    n = len(x)
+    x = Vectors.of(x)
+    n, size = len(x), _block_rows(backend)
     keeper = np.full(n, -1, dtype=np.int64)
     similarity = np.full(n, np.nan)
     kept = _KeptRows(x, backend)
     kept.add(np.arange(n_fixed))
-    for start in range(n_fixed, n, _BLOCK_ROWS):
-        block = x[start : start + _BLOCK_ROWS]
+    for start in range(n_fixed, n, size):
+        stop = min(n, start + size)
+        block = x.operand(slice(start, stop), backend)
         i, j = kept.candidates(block, threshold)
-        _take_best(keeper, similarity, start + i, j, exact_similarity(block, x, i, j), threshold)
+        _take_best(keeper, similarity, start + i, j, exact_similarity(x, x, start + i, j), threshold)
         if only_fixed:
             continue
-        _within_block(block, keeper[start:], similarity[start:], start, threshold, backend)
-        kept.add(start + np.flatnonzero(keeper[start : start + len(block)] < 0))
+        _within_block(block, x, keeper[start:], similarity[start:], start, threshold, backend)
+        kept.add(start + np.flatnonzero(keeper[start:stop] < 0))
     return keeper, similarity
 
 
-def remove_chains(x: Floats, threshold: float, backend: Backend) -> tuple[Ints, npt.NDArray[np.float64]]:
+def remove_chains(x: Floats | Vectors, threshold: float, backend: Backend) -> tuple[Ints, npt.NDArray[np.float64]]:
     """Go through rows in order; remove each that is near *any* row before it, as SemDeDup does.
 
     Parameters
@@ -125,12 +191,14 @@ def remove_chains(x: Floats, threshold: float, backend: Backend) -> tuple[Ints, 
     ----------
     Abbas et al.: SemDeDup, 2023, algorithm A7 and ``semdedup.py`` of the published code.
     """
-    n = len(x)
+    x = Vectors.of(x)
+    n, size = len(x), _block_rows(backend)
     keeper = np.full(n, -1, dtype=np.int64)
     similarity = np.full(n, np.nan)
-    for start in range(0, n, _BLOCK_ROWS):
-        block = x[start : start + _BLOCK_ROWS]
-        before = x[: start + len(block)]
+    index = np.arange(n) if x.index is None else x.index
+    for start in range(0, n, size):
+        stop = min(n, start + size)
+        block, before = replace(x, index=index[start:stop]), replace(x, index=index[:stop])
         i, j, values = near_pairs(block, before, threshold, backend)
         earlier = (j < start + i) & (values > threshold)
         _take_best(keeper, similarity, start + i[earlier], j[earlier], values[earlier], threshold)
@@ -140,7 +208,7 @@ def remove_chains(x: Floats, threshold: float, backend: Backend) -> tuple[Ints, 
 class _KeptRows:
     """The rows kept so far, on the device, in slices of fixed size."""
 
-    def __init__(self, x: Floats, backend: Backend) -> None:
+    def __init__(self, x: Vectors, backend: Backend) -> None:
         self._x, self._backend = x, backend
         self._index: Ints = np.empty(len(x), dtype=np.int64)
         self._n = 0
@@ -152,18 +220,17 @@ class _KeptRows:
             used = self._n % _SLICE_ROWS
             if used == 0:
                 size = min(_SLICE_ROWS, len(self._x) - self._n)
-                self._slices.append(self._backend.xp.empty((size, self._x.shape[1]), self._backend.product_dtype))
+                self._slices.append(self._backend.xp.empty((size, self._x.dim), self._backend.product_dtype))
             now, rows = rows[: _SLICE_ROWS - used], rows[_SLICE_ROWS - used :]
-            self._slices[-1][used : used + len(now)] = self._backend.asarray(self._x[now])
+            self._slices[-1][used : used + len(now)] = self._x.operand(now, self._backend)
             self._n += len(now)
 
-    def candidates(self, block: Floats, threshold: float) -> tuple[Ints, Ints]:
-        """Return (row of the block, kept row) of all pairs that may reach the threshold."""
-        on_device = self._backend.product_operand(block)
+    def candidates(self, block: Any, threshold: float) -> tuple[Ints, Ints]:
+        """Return (row of the block, kept row) of all pairs that may reach the threshold; `block` is an operand."""
         found_i, found_j = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for k, part in enumerate(self._slices):
             start = k * _SLICE_ROWS
-            i, j = _nonzero(on_device @ part[: self._n - start].T, threshold, block.shape[1], self._backend)
+            i, j = _nonzero(block @ part[: self._n - start].T, threshold, self._x.dim, self._backend)
             found_i.append(i)
             found_j.append(self._index[start + j])
         return np.concatenate(found_i), np.concatenate(found_j)
@@ -193,7 +260,8 @@ def _take_best(
 
 
 def _within_block(
-    block: Floats,
+    block: Any,
+    x: Vectors,
     keeper: Ints,
     similarity: npt.NDArray[np.float64],
     start: int,
@@ -201,8 +269,7 @@ def _within_block(
     backend: Backend,
 ) -> None:
     """Compare the rows of a block with those of them that stay; `keeper` and `similarity` begin with the block."""
-    on_device = backend.product_operand(block)
-    i, j = _nonzero(backend.xp.triu(on_device @ on_device.T, 1), threshold, block.shape[1], backend)
+    i, j = _nonzero(backend.xp.triu(block @ block.T, 1), threshold, x.dim, backend)
     later = j > i
     i, j = i[later], j[later]
     bounds = np.searchsorted(i, np.arange(len(block) + 1))
@@ -210,13 +277,15 @@ def _within_block(
         if keeper[a] >= 0:
             continue
         b = j[bounds[a] : bounds[a + 1]]
-        values = exact_similarity(block, block, np.full(len(b), a), b)
+        values = exact_similarity(x, x, np.full(len(b), start + a), start + b)
         better = (values >= threshold) & ~(values <= similarity[b])
         keeper[b[better]] = start + a
         similarity[b[better]] = values[better]
 
 
-def near_pairs(a: Floats, b: Floats, threshold: float, backend: Backend) -> tuple[Ints, Ints, npt.NDArray[np.float64]]:
+def near_pairs(
+    a: Floats | Vectors, b: Floats | Vectors, threshold: float, backend: Backend
+) -> tuple[Ints, Ints, npt.NDArray[np.float64]]:
     """Return all pairs of rows of `a` and of `b` with a cosine similarity >= `threshold`.
 
     Returns
@@ -227,11 +296,12 @@ def near_pairs(a: Floats, b: Floats, threshold: float, backend: Backend) -> tupl
         Of each pair.
     """
     found: list[tuple[Ints, Ints]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-    for left in range(0, len(a), _BLOCK_ROWS):
-        on_device = backend.product_operand(a[left : left + _BLOCK_ROWS])
-        for right in range(0, len(b), _SLICE_ROWS):
-            part = backend.product_operand(b[right : right + _SLICE_ROWS])
-            i, j = _nonzero(on_device @ part.T, threshold, a.shape[1], backend)
+    a, b, size = Vectors.of(a), Vectors.of(b), _block_rows(backend)
+    for right in range(0, len(b), _SLICE_ROWS):
+        part = b.operand(slice(right, right + _SLICE_ROWS), backend)
+        for left in range(0, len(a), size):
+            block = a.operand(slice(left, left + size), backend)
+            i, j = _nonzero(block @ part.T, threshold, a.dim, backend)
             found.append((left + i, right + j))
     i, j = (np.concatenate(c) for c in zip(*found, strict=True))
     values = exact_similarity(a, b, i, j)

@@ -24,7 +24,7 @@ from distributed import Client
 
 from imgcurate import schema
 from imgcurate.backend import cpu_count
-from imgcurate.catalog import Catalog, Manifest, part_name
+from imgcurate.catalog import Catalog, Manifest, fingerprint, part_name
 from imgcurate.cluster import open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, printable
 from imgcurate.execution import Progress, call_frame, run_waves
@@ -231,6 +231,8 @@ class _Checks:
         if manifest is None:
             raise ConfigError(f"{self.folder} holds no run of imgcurate: expected its output folder")
         self.manifest = manifest
+        if fingerprint(manifest.config) != manifest.fingerprint:
+            self.done.add("record", "manifest.json", "its config is not the one that its fingerprint is of")
         mark, place = None, join_url(self.folder, SUCCESS)
         if manifest.state != "done":
             self.done.add("unfinished", self.folder, f"the run is {manifest.state}: run the same command again")
@@ -278,8 +280,14 @@ class _Checks:
 
     def _catalog(self, mark: Success | None) -> list[dict[str, Any]] | None:
         """Check the parts, and unless it is to be quick the inputs; None if some part cannot be read."""
+        inputs, increments = self.manifest.config["inputs"], self.manifest.increments
+        if increments and increments[-1] != len(inputs):
+            self.done.add(
+                "catalog", "manifest.json", f"has {len(inputs)} inputs, and says that there were {increments}"
+            )
+            return None
         self.partitions = partitions_of(self.manifest)
-        groups, inputs = list(self.partitions), self.manifest.config["inputs"]
+        groups = list(self.partitions)
         if len(groups) != self.manifest.n_parts:
             self.done.add(
                 "catalog", "manifest.json", f"has {self.manifest.n_parts} parts, for {len(inputs)} inputs {len(groups)}"
