@@ -79,7 +79,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = args.folder or Path(scratch)
         run = finished_run(folder / f"refilter-{rows}", rows, args.workers)
-        results = [measure(run, Path(scratch), args.workers) for _ in range(rounds + 1)][1:]
+        warm_up = 0 if args.smoke else 1
+        results = [measure(run, Path(scratch), args.workers) for _ in range(warm_up + rounds)][warm_up:]
     seconds = [r["seconds"] for r in results]
     print(f"{rows:,} rows, {results[0]['kept']:,} of them kept: median {statistics.median(seconds):.1f} s of", *seconds)
     phases = {name: statistics.median(r["phases_s"][name] for r in results) for name in results[0]["phases_s"]}

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="for shards and output (default: a temporary one)")
     args = parser.parse_args()
     results = []
-    for n in [40, 80] if args.smoke else args.shards:
+    for n in [80] if args.smoke else args.shards:
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
             results.append(measure(Path(scratch), n, args.workers, args.files_per_partition))
         r = results[-1]

@@ -107,6 +107,8 @@ def open_client(
             ) from exc
     with _closing(cluster), _closing(Client(cluster)) as client:
         client.run(_ignore_interrupts)
+        if dashboard_address is not None:
+            logger.info("the dashboard of this run is %s", client.dashboard_link)
         yield client
 
 

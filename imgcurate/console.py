@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Final
@@ -14,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from imgcurate import schema
 from imgcurate.errors import ConfigError, ImgcurateError, printable
 from imgcurate.progress import show_progress
 
@@ -149,12 +152,29 @@ def run_command(
         backend = get_backend(device)
         if device == "auto" and not backend.is_gpu and not quiet:
             typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
+    if not quiet and sys.stderr.isatty():
+        # Says where the dashboard is.
+        logging.getLogger("imgcurate.cluster").setLevel(logging.INFO)
     with running(quiet, log) as progress:
         result = execute(scheduler=scheduler, device=device, progress=progress, **options)
     if not quiet and not result.shards:
         why = "nothing was kept" if not result.kept else "the pipeline has no ImageWriterStage"
         typer.echo(f"no shards were written: {why}", err=True)
+    if not quiet:
+        _tell(result)
     return result
+
+
+def _tell(result: Any) -> None:
+    """Show on a terminal how many samples left and why; name the report."""
+    if sys.stderr.isatty():
+        table = Table("", "samples", "%")
+        for status, count in sorted(result.counts.items(), key=lambda item: (item[0] == schema.STATUS_OK, -item[1])):
+            share = f"{100 * count / result.samples:.1f}"
+            table.add_row("kept" if status == schema.STATUS_OK else escape(printable(status)), f"{count:,}", share)
+        Console(stderr=True).print(table)
+    if result.report is not None:
+        typer.echo(f"report: {result.report}", err=True)
 
 
 def show_estimate(pipeline: Any, output: str, *, device: str, n_workers: int | None, as_json: bool) -> None:

@@ -272,7 +272,8 @@ def contents(out: Path) -> dict[str, bytes | dict[str, object]]:
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         files[str(path.relative_to(out))] = path.read_bytes()
     manifest = json.loads(files.get("manifest.json", b"{}"))
-    manifest.pop("timings_s", None)
+    for measured in ("timings_s", "timeline"):
+        manifest.pop(measured, None)
     files["manifest.json"] = manifest
     return files
 

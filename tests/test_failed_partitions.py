@@ -82,12 +82,8 @@ def test_a_partition_that_may_fail_costs_itself_alone(tars, tmp_path, client, ho
     armed.touch()
     trapped = pipeline(tars, Trap(how, ["00001.tar"], str(armed)))
     out = tmp_path / "OUT"
-    if how == "kill":
-        with pytest.raises(ClusterError, match=r"1 of 4 partitions failed, the first is partition 1: .*--max-failed 1"):
-            trapped.run(str(out), client=client)
-        parts = sorted(p.name for p in (out / "catalog").glob("*.parquet"))
-        assert parts == ["part-00000.parquet", "part-00002.parquet", "part-00003.parquet"]
-    else:
+    # Of workers that die, that it is an error is tested in test_failures.py: each death takes seconds.
+    if how == "raise":
         with pytest.raises(ImgcurateError, match="stage trap: ZeroDivisionError: a bug"):
             trapped.run(str(out), client=client)
     result = trapped.run(str(out), client=client, max_failed=1)

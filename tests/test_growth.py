@@ -201,7 +201,11 @@ def test_the_mark_names_every_file_with_its_checksum(tars, tmp_path, client) -> 
     assert mark is not None
     assert (mark.samples, mark.counts) == (result.samples, result.counts)
     out = tmp_path / "OUT"
-    there = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {"_SUCCESS", "manifest.json"}
+    there = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {
+        "_SUCCESS",
+        "manifest.json",
+        "pipeline.yaml",
+    }
     assert set(mark.files) == there
     assert all(file_digest(str(out / name)) == digest for name, digest in mark.files.items())
 

@@ -104,7 +104,7 @@ def test_hostile_names_become_no_paths_and_come_out_as_they_went_in(outcome: Any
     folder, result, members = outcome
     assert sorted(p.name for p in (folder / "OUT").rglob("*") if p.is_file()) == [
         "00000.parquet", "00000.tar", "00001.parquet", "00001.tar", "_SUCCESS", "manifest.json",
-        "part-00000.parquet",
+        "part-00000.parquet", "pipeline.yaml",
     ]  # fmt: skip
     catalog = result.catalog.compute()
     hidden = {"..jpg", "../.jpg"}

@@ -113,7 +113,14 @@ def test_output_shards_have_sidecars_in_the_same_order(curated) -> None:
 
 def test_output_folder_is_as_documented(curated) -> None:
     out = Path(curated.output_dir)
-    assert sorted(p.name for p in out.iterdir()) == ["_SUCCESS", "catalog", "dedup", "manifest.json", "shards"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "_SUCCESS",
+        "catalog",
+        "dedup",
+        "manifest.json",
+        "pipeline.yaml",
+        "shards",
+    ]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["state"] == "done"
     assert manifest["counts"] == {"duplicate": 12, "ok": 60}

@@ -203,7 +203,14 @@ def test_the_output_may_lie_in_a_bucket(
     result = run.run(f"{bucket}/OUT", client=client)
     s3.fault_rate = 0.0
     assert result.counts == from_disk.counts
-    assert storage.list_files(f"{bucket}/OUT", "") == ["_SUCCESS", "catalog", "dedup", "manifest.json", "shards"]
+    assert storage.list_files(f"{bucket}/OUT", "") == [
+        "_SUCCESS",
+        "catalog",
+        "dedup",
+        "manifest.json",
+        "pipeline.yaml",
+        "shards",
+    ]
     for path in sorted((Path(from_disk.output_dir) / "shards").glob("*.tar")):
         assert storage.read_bytes(f"{bucket}/OUT/shards/{path.name}") == path.read_bytes()
     assert len(result.catalog) == 72

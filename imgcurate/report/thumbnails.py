@@ -7,11 +7,12 @@ import io
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from imgcurate import schema
 from imgcurate.errors import ImgcurateError
@@ -63,25 +64,25 @@ def thumbnails(
     wanted = sorted({r for r in rows if not unseen[r] and numbers[r] > 0})
     if not wanted:
         return {}
-    table = sample.table.take(pa.array(wanted, pa.int64()))
+    shards = sample.values(schema.SHARD, wanted)
     made: dict[int, str] = {}
-
-    def make(item: tuple[int, bytes]) -> None:
-        row = wanted[item[0]]
-        if (uri := _thumbnail(item[1], side, blurred=row in blurred)) is not None:
-            made[row] = uri
-
-    try:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            # Read here, a few dozen ahead of those who decode.
-            for batch in read_images(table, storage_options):
-                list(pool.map(make, batch))
-    except (ImgcurateError, OSError) as exc:
-        logger.warning("some pictures are missing from the report: %s", exc)
+    failures: list[str] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for shard in dict.fromkeys(shards):
+            rows_ = [row for row, where in zip(wanted, shards, strict=True) if where == shard]
+            try:
+                for batch in read_images(sample.table.take(pa.array(rows_, pa.int64())), storage_options):
+                    hidden = [rows_[i] in blurred for i, _ in batch]
+                    uris = pool.map(partial(_thumbnail, side=side), (data for _, data in batch), hidden)
+                    made |= {rows_[i]: uri for (i, _), uri in zip(batch, uris, strict=True) if uri}
+            except (ImgcurateError, OSError) as exc:
+                failures.append(str(exc))
+    if failures:
+        logger.warning("pictures are missing from the report, of %d shards: %s", len(failures), failures[0])
     return made
 
 
-def _thumbnail(data: bytes, side: int, *, blurred: bool) -> str | None:
+def _thumbnail(data: bytes, blurred: bool, side: int) -> str | None:
     try:
         picture = _small(data, side)
     except Exception as exc:  # noqa: BLE001 - a picture less is no reason to have no report
@@ -98,8 +99,6 @@ def _thumbnail(data: bytes, side: int, *, blurred: bool) -> str | None:
 def _small(data: bytes, side: int) -> Image.Image:
     with pillow_settings(_MAX_PIXELS), open_with_pillow(data) as image:
         if image.format == "JPEG" and image.mode in ("RGB", "L"):
-            from PIL import ImageOps
-
             image.draft("RGB", (2 * side, 2 * side))
             picture = ImageOps.exif_transpose(image).convert("RGB")
             picture.thumbnail((side, side))
