@@ -7,7 +7,6 @@ import io
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Final
 
 import numpy as np
@@ -25,7 +24,7 @@ from imgcurate.storage import StorageOptions
 __all__ = ["thumbnails"]
 
 logger = logging.getLogger(__name__)
-_THREADS: Final = 4
+_THREADS: Final = 16
 _QUALITY: Final = 70
 _MAX_PIXELS: Final = 100_000_000
 _BLURRED: Final = 8
@@ -64,25 +63,31 @@ def thumbnails(
     wanted = sorted({r for r in rows if not unseen[r] and numbers[r] > 0})
     if not wanted:
         return {}
-    shards = sample.values(schema.SHARD, wanted)
-    made: dict[int, str] = {}
-    failures: list[str] = []
+    by_shard: dict[str, list[int]] = {}
+    for row, shard in zip(wanted, sample.values(schema.SHARD, wanted), strict=True):
+        by_shard.setdefault(shard, []).append(row)
+
+    def make(of_shard: list[int]) -> dict[int, str | None] | str:
+        """Return the pictures of rows of one shard, or why there are none."""
+        table = sample.table.take(pa.array(of_shard, pa.int64()))
+        try:
+            return {
+                of_shard[i]: _thumbnail(data, side, blurred=of_shard[i] in blurred)
+                for batch in read_images(table, storage_options)
+                for i, data in batch
+            }
+        except (ImgcurateError, OSError) as exc:
+            return str(exc)
+
+    # Of a store far away each shard costs some round trips.
     with ThreadPoolExecutor(_THREADS) as pool:
-        for shard in dict.fromkeys(shards):
-            rows_ = [row for row, where in zip(wanted, shards, strict=True) if where == shard]
-            try:
-                for batch in read_images(sample.table.take(pa.array(rows_, pa.int64())), storage_options):
-                    hidden = [rows_[i] in blurred for i, _ in batch]
-                    uris = pool.map(partial(_thumbnail, side=side), (data for _, data in batch), hidden)
-                    made |= {rows_[i]: uri for (i, _), uri in zip(batch, uris, strict=True) if uri}
-            except (ImgcurateError, OSError) as exc:
-                failures.append(str(exc))
-    if failures:
+        made = list(pool.map(make, by_shard.values()))
+    if failures := [why for why in made if isinstance(why, str)]:
         logger.warning("pictures are missing from the report, of %d shards: %s", len(failures), failures[0])
-    return made
+    return {row: uri for uris in made if isinstance(uris, dict) for row, uri in uris.items() if uri is not None}
 
 
-def _thumbnail(data: bytes, blurred: bool, side: int) -> str | None:
+def _thumbnail(data: bytes, side: int, *, blurred: bool) -> str | None:
     try:
         picture = _small(data, side)
     except Exception as exc:  # noqa: BLE001 - a picture less is no reason to have no report
