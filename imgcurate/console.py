@@ -159,6 +159,8 @@ def run_command(
         result = execute(scheduler=scheduler, device=device, progress=progress, **options)
     if not quiet and not result.shards:
         why = "nothing was kept" if not result.kept else "the pipeline has no ImageWriterStage"
+        if not result.samples:
+            why = "the inputs hold no samples (imgcurate inspect says what is in them)"
         typer.echo(f"no shards were written: {why}", err=True)
     if not quiet:
         _tell(result)
