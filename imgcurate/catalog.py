@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from imgcurate import schema
 from imgcurate.backend import get_backend, lazy_frame
-from imgcurate.errors import CatalogError
+from imgcurate.errors import CatalogError, InputError
 from imgcurate.storage import (
     StorageOptions,
     atomic_write,
@@ -238,6 +238,20 @@ class Manifest:
             If it cannot be understood.
         """
         return load_record(join_url(folder, MANIFEST), _FORMAT, lambda content: Manifest(**content), storage_options)
+
+    @staticmethod
+    def of_finished(folder: str) -> Manifest:
+        """Read the manifest of a finished run of stages.
+
+        Raises
+        ------
+        InputError
+            If the folder holds none.
+        """
+        manifest = Manifest.load(folder)
+        if manifest is None or manifest.state != "done" or "stages" not in manifest.config:
+            raise InputError(f"{folder} is not the output folder of a finished run")
+        return manifest
 
 
 @dataclass(frozen=True)

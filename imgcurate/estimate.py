@@ -12,11 +12,10 @@ import pyarrow.compute as pc
 
 from imgcurate import schema
 from imgcurate.backend import cpu_count, get_backend
-from imgcurate.errors import ImgcurateError, WeightsError
+from imgcurate.errors import ImgcurateError
 from imgcurate.frame import read_group
 from imgcurate.origins import ShardOrigin
 from imgcurate.pipeline import Pipeline
-from imgcurate.shards import index_shard
 from imgcurate.stages.base import ProcessingStage
 from imgcurate.stages.executor import Program
 from imgcurate.storage import free_bytes, is_local, local_path
@@ -172,15 +171,15 @@ def _samples(origin: ShardOrigin, sizes: list[int | None], notes: list[str]) -> 
     rows, nbytes, first = 0, 0, None
     for number in chosen:
         try:
-            index = index_shard(origin.shards[number], number, storage_options=origin.options)
+            table = read_group(
+                ((number, origin.shards[number]),), origin.plan.reader.text_columns, origin.options, origin.sidecars
+            )
         except ImgcurateError as exc:
             notes.append(str(exc))
             continue
-        rows += len(index.table)
+        rows += len(table)
         nbytes += sizes[number] or 0
-        if first is None and len(index.table):
-            texts = origin.plan.reader.text_columns
-            first = read_group(((number, origin.shards[number]),), texts, origin.options, origin.sidecars)
+        first = first if first is not None or not len(table) else table
     known = [n for n in sizes if n]
     if len(chosen) == count:
         return rows, first
@@ -215,7 +214,7 @@ def _rate(program: Program, rows: pa.Table, notes: list[str]) -> float | None:
         program.run(ok)
         start = time.perf_counter()
         program.run(ok)
-    except (WeightsError, ImgcurateError) as exc:
+    except ImgcurateError as exc:
         notes.append(f"how long it takes was not measured: {exc}")
         return None
     return len(ok) / (time.perf_counter() - start)

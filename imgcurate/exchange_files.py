@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from imgcurate import schema
 from imgcurate.catalog import Catalog, Manifest, write_parquet
-from imgcurate.errors import CatalogError, ConfigError, InputError, nearest
+from imgcurate.errors import CatalogError, ConfigError, nearest
 from imgcurate.storage import atomic_write, is_local, join_url, list_files, local_path, make_folder
 
 __all__ = ["FORMATS", "export_run"]
@@ -70,9 +70,7 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
     StorageError
         If a file cannot be written; none is there half-written then.
     """
-    manifest = Manifest.load(run)
-    if manifest is None or manifest.state != "done" or "stages" not in manifest.config:
-        raise InputError(f"{run} is not the output folder of a finished run")
+    manifest = Manifest.of_finished(run)
     catalog = Catalog(run, manifest.n_parts)
     output = str(Path(local_path(output)).absolute()) if is_local(output) else output
     kept = manifest.counts.get(schema.STATUS_OK, 0)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from imgcurate.catalog import Manifest, fingerprint
 from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.results import REPORT
 from imgcurate.storage import free_bytes, join_url, list_files, remove, remove_temporary_files, remove_tree
 from imgcurate.success import Success
 
@@ -15,7 +16,7 @@ __all__ = ["PIPELINE", "difference", "find_run", "grown", "open_run"]
 _FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
 PIPELINE: Final = "pipeline.yaml"
 """The file of an output folder that says what was run, as ``imgcurate run`` takes it."""
-_FILES: Final = ("kept.parquet", "removed.parquet", "report.html", PIPELINE)
+_FILES: Final = ("kept.parquet", "removed.parquet", REPORT, PIPELINE)
 _MIN_FREE_BYTES: Final = 64 * 1024**2
 
 

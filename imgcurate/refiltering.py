@@ -109,9 +109,7 @@ def refilter(
     run, output_dir = (str(Path(local_path(f)).absolute()) if is_local(f) else f for f in (run, output_dir))
     if f"{output_dir.rstrip('/')}/".startswith(f"{run.rstrip('/')}/") or run.startswith(f"{output_dir.rstrip('/')}/"):
         raise ConfigError(f"{output_dir} and {run} are one in the other: name another output folder")
-    manifest = Manifest.load(run)
-    if manifest is None or manifest.state != "done" or "stages" not in manifest.config:
-        raise InputError(f"{run} is not the output folder of a finished run")
+    manifest = Manifest.of_finished(run)
     recorded = [_Recorded.of(i, entry) for i, entry in enumerate(manifest.config["stages"])]
     decided = _changed(recorded, changes or {}, run)
     origin = _CatalogOrigin(run, manifest, recorded, storage_options)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, Final
 
 import dask.dataframe as dd
 
@@ -14,7 +14,10 @@ from imgcurate import schema
 from imgcurate.catalog import Catalog
 from imgcurate.storage import exists, join_url, list_files, read_bytes
 
-__all__ = ["Result", "html_table"]
+__all__ = ["REPORT", "Result", "html_table"]
+
+REPORT: Final = "report.html"
+"""The file of an output folder that shows what a run did."""
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -67,7 +70,7 @@ class Result:
     @property
     def report(self) -> str | None:
         """URL of the report, if there is one."""
-        url = join_url(self.output_dir, "report.html")
+        url = join_url(self.output_dir, REPORT)
         return url if exists(url) else None
 
     def as_dict(self) -> dict[str, Any]:

@@ -39,8 +39,8 @@ from imgcurate.parts import (
 )
 from imgcurate.plan import Phase, Plan
 from imgcurate.preflight import check_storage, check_versions
-from imgcurate.report import REPORT, is_wanted, make_report
-from imgcurate.results import Result
+from imgcurate.report import is_wanted, make_report
+from imgcurate.results import REPORT, Result
 from imgcurate.stages.base import DatasetStage, Stage, columns_added
 from imgcurate.stages.executor import Program, apply_stages, make_program
 from imgcurate.storage import (
@@ -121,8 +121,10 @@ class Run:
         performance_report: str | None = None,
     ) -> Result:
         """Do what is missing of the run on a cluster, and return its result; see :meth:`Pipeline.run`."""
-        self.performance_report = performance_report
-        result = self._run(client, scheduler, security, device, n_workers, overwrite=overwrite, resume=resume)
+        result = self._run(
+            client, scheduler, security, device, n_workers, overwrite=overwrite, resume=resume,
+            performance_report=performance_report,
+        )  # fmt: skip
         if is_wanted(report) and (self._executed or not exists(join_url(self.folder, REPORT))):
             self._report()
         return result
@@ -138,7 +140,7 @@ class Run:
 
     def _run(
         self, client: Client | None, scheduler: str | None, security: Security | None, device: str,
-        n_workers: int | None, *, overwrite: bool, resume: bool,
+        n_workers: int | None, *, overwrite: bool, resume: bool, performance_report: str | None,
     ) -> Result:  # fmt: skip
         with contextlib.ExitStack() as stack:
             if client is None and scheduler is None:
@@ -155,9 +157,9 @@ class Run:
                 if (finished := self._finished(overwrite=overwrite, resume=resume)) is not None:
                     return finished
                 check_storage(self.client, self.folder, self.origin.first, self.origin.options)
-            if self.performance_report is not None:
+            if performance_report is not None:
                 stack.enter_context(self.client.as_current())
-                stack.enter_context(dask_performance_report(self.performance_report, mode="inline"))
+                stack.enter_context(dask_performance_report(performance_report, mode="inline"))
             return self._start(overwrite=overwrite, resume=resume)
 
     def _finished(self, *, overwrite: bool, resume: bool) -> Result | None:

@@ -163,6 +163,18 @@ def test_groups_show_who_stayed_and_the_least_alike_first(run: Result) -> None:
     assert rows.numbers("similarity")[closest[0].members.rows[0]] == np.nanmin(rows.numbers("similarity"))
 
 
+def test_a_sample_of_another_run_is_another_one_than_ours_of_the_same_uid() -> None:
+    table = pa.table({
+        "uid": [1, 2, 3, 4], "shard": ["a"] * 4, "key": ["k1", "k2", "k3", "k4"], "status": ["ok"] + ["duplicate"] * 3,
+        "duplicate_of": pa.array([None, 1, 1, 1], pa.int64()), "duplicate_in": [None, None, "/OLD", "/OLD"],
+        "duplicate_by": [None] + ["embedding"] * 3, "similarity": [None, 0.99, 0.98, 0.97],
+    })  # fmt: skip
+    rows = sample.CatalogSample(table, np.zeros(4, np.int64), 4)
+    (_, largest), _ = findings.groups(rows)
+    shown = [(g.keeper, g.keeper_name, g.members.rows, g.size) for g in largest]
+    assert shown == [(None, "sample 1 of /OLD", [3, 2], 2), (0, "k1", [1], 1)]
+
+
 def test_errors_are_counted_by_their_reason(run: Result) -> None:
     _, rows = of(run)
     kinds = findings.errors(rows)
@@ -323,7 +335,7 @@ def test_timeline_keeps_the_last_count_of_each_span() -> None:
 
 def test_catalog_sample_reads_numbers_and_masks() -> None:
     table = pa.table({"uid": [1, 2, 3], "shard": ["a"] * 3, "status": ["ok", "nsfw", "ok"], "width": [1, None, 3]})
-    rows = sample.CatalogSample(table, np.zeros(3, np.int64), np.arange(3), 3)
+    rows = sample.CatalogSample(table, np.zeros(3, np.int64), 3)
     assert rows.kept.tolist() == [True, False, True]
     assert rows.numbers("width")[[0, 2]].tolist() == [1, 3]
     assert np.isnan(rows.numbers("width")[1])

@@ -1,5 +1,5 @@
 """The report of a run: one HTML page that needs nothing else, to look at what stayed and what left."""
 
-from imgcurate.report.page import REPORT, is_wanted, make_report
+from imgcurate.report.page import is_wanted, make_report
 
-__all__ = ["REPORT", "is_wanted", "make_report"]
+__all__ = ["is_wanted", "make_report"]

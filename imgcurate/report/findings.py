@@ -241,11 +241,14 @@ def groups(sample: CatalogSample) -> list[tuple[str, list[Group]]]:
     uid = sample.table[schema.UID].to_numpy()
     order = np.argsort(uid, kind="stable")
     places = np.minimum(np.searchsorted(uid[order], of), len(uid) - 1)
-    elsewhere = np.array([v is not None for v in sample.values(schema.DUPLICATE_IN, rows.tolist())])
-    found = (uid[order][places] == of) & ~elsewhere
+    # A uid of a reference run is another sample than that of this one.
+    runs, where = np.unique([v or "" for v in sample.values(schema.DUPLICATE_IN, rows.tolist())], return_inverse=True)
+    found = (uid[order][places] == of) & (runs[where] == "")
     keeper = np.where(found, order[places], -1)
     similarity = sample.numbers(schema.SIMILARITY)[rows]
-    names = np.unique(of, return_inverse=True, return_counts=True)
+    keepers, inverse, sizes = np.unique(np.stack([of, where], axis=1), axis=0, return_inverse=True, return_counts=True)
+    # Of NumPy 2.0 it has two dimensions.
+    names = keepers, inverse.reshape(-1), sizes
     out = []
     largest = np.argsort(-names[2], kind="stable")[:_GROUPS]
     out.append(("The largest groups", [_group(sample, rows, keeper, similarity, names, g) for g in largest.tolist()]))
@@ -267,7 +270,7 @@ def _group(sample: CatalogSample, rows: Any, keeper: Any, similarity: Any, names
     first = int(members[0])
     row = int(keeper[first])
     where = sample.values(schema.DUPLICATE_IN, [int(rows[first])])[0]
-    name = f"sample {names[0][number]}" + (f" of {where}" if where else "")
+    name = f"sample {names[0][number][0]}" + (f" of {where}" if where else "")
     if row >= 0:
         name = str(sample.values(schema.KEY, [row])[0])
     return Group(row if row >= 0 else None, name, Examples("", rows[members].tolist(), notes), int(names[2][number]))

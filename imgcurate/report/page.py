@@ -19,17 +19,16 @@ from markupsafe import Markup
 
 from imgcurate import schema
 from imgcurate.catalog import Catalog, Manifest
-from imgcurate.errors import InputError, printable
+from imgcurate.errors import printable
 from imgcurate.report import findings
 from imgcurate.report.sample import CatalogSample, embeddings, load_sample
 from imgcurate.report.thumbnails import thumbnails
-from imgcurate.results import Result
+from imgcurate.results import REPORT, Result
 from imgcurate.storage import StorageOptions, atomic_write, is_local, join_url, local_path
 
-__all__ = ["REPORT", "is_wanted", "make_report", "project"]
+__all__ = ["is_wanted", "make_report", "project"]
 
 logger = logging.getLogger(__name__)
-REPORT: Final = "report.html"
 _SWITCH: Final = "IMGCURATE_REPORT"
 _SIDE: Final = 112
 _MAP_SIDE: Final = 80
@@ -78,11 +77,9 @@ def make_report(
     Notes
     -----
     Of a catalog of more than a million rows some parts are read, about a million rows, spread evenly, and the page
-    says so; counts are of all. Pictures are at most some 1,700, so the page stays below 15 MB.
+    says so; the funnel counts all. Pictures are at most some 1,800, of a few kB each.
     """
-    manifest = Manifest.load(run)
-    if manifest is None or manifest.state != "done" or "stages" not in manifest.config:
-        raise InputError(f"{run} is not the output folder of a finished run")
+    manifest = Manifest.of_finished(run)
     url = output or join_url(run, REPORT)
     html = _render(run, manifest, show_nsfw, storage_options)
     with atomic_write(url) as out:

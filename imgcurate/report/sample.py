@@ -38,15 +38,14 @@ class CatalogSample:
     ----------
     table : pa.Table
         The rows, without what is long.
-    part, position : ndarray of int64 of shape (n,)
-        Of each row its part, and its place in it.
+    part : ndarray of int64 of shape (n,)
+        Of each row its part.
     n_rows : int
         How many rows the catalog has.
     """
 
     table: pa.Table
     part: npt.NDArray[np.int64]
-    position: npt.NDArray[np.int64]
     n_rows: int
 
     def __len__(self) -> int:
@@ -92,10 +91,8 @@ def load_sample(catalog: Catalog, n_rows: int) -> CatalogSample:
     columns = [f.name for f in catalog.schema if f.name not in _LEFT_OUT and not _is_nested(f)]
     with ThreadPoolExecutor(_THREADS) as pool:
         tables = list(pool.map(lambda n: _compact(catalog.read(n, columns)), numbers))
-    lengths = [len(t) for t in tables]
-    part = np.repeat(np.array(numbers, np.int64), lengths)
-    position = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths] or [np.zeros(0, np.int64)])
-    return CatalogSample(pa.concat_tables(tables).unify_dictionaries(), part, position, n_rows)
+    part = np.repeat(np.array(numbers, np.int64), [len(t) for t in tables])
+    return CatalogSample(pa.concat_tables(tables).unify_dictionaries(), part, n_rows)
 
 
 def embeddings(catalog: Catalog, sample: CatalogSample) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
