@@ -12,7 +12,8 @@ The pixel rule, the same on every device:
 - The first frame of an animation, the first page of a TIFF, the largest picture of an ICO.
 
 DALI takes the formats that it decodes by this rule, :mod:`imgcurate.pillow` the others one by one,
-and both end in the same resize operators.
+and both end in the same resize operators. On a CPU, JPEGs that are far larger than all that is made of
+them are decoded at a half, a quarter or an eighth of their size, from the low frequencies alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -34,8 +36,8 @@ from imgcurate.batches import PixelView
 from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.facts import BYTE_FACTS, FACTS, HASH_BYTES, pixels_hash
 from imgcurate.lazy import torch
-from imgcurate.pillow import UndecodableError, decode_with_pillow
-from imgcurate.probe import probe
+from imgcurate.pillow import UndecodableError, decode_with_pillow, smaller_jpeg
+from imgcurate.probe import Probe, probe
 
 __all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder", "view_operators"]
 
@@ -44,6 +46,9 @@ MAX_PIXELS: Final = 178_956_970
 
 MAX_ASPECT_RATIO: Final = 50.0
 _MAX_GROUP_PIXELS: Final = 100_000_000
+# A JPEG decoded at a part of its size has still at least so many times the pixels a side that a view has.
+_SPARE: Final = 2
+_DIVISORS: Final = (8, 4, 2)
 
 _MAX_BATCH_RETRIES: Final = 4
 _BAD_SAMPLE: Final = re.compile(r"sample #(\d+)")
@@ -99,6 +104,8 @@ class Decoder:
         Images whose shorter side has fewer pixels are not decoded: they are ``too_small``.
     facts : sequence of str
         What else to tell of each image; see :data:`imgcurate.facts.FACTS`.
+    jpeg_scaling : bool
+        On a CPU, decode large JPEGs at a part of their size, which still has twice the pixels of each view a side.
 
     Raises
     ------
@@ -121,6 +128,7 @@ class Decoder:
         max_aspect_ratio: float = MAX_ASPECT_RATIO,
         min_size: int = 1,
         facts: Sequence[str] = (),
+        jpeg_scaling: bool = True,
     ) -> None:
         unknown = [f for f in facts if f not in FACTS]
         if unknown:
@@ -133,6 +141,8 @@ class Decoder:
         self.max_aspect_ratio = max_aspect_ratio
         self.min_size = min_size
         self._num_threads = num_threads
+        # What is made of all pixels has to see all of them.
+        self._scales = jpeg_scaling and not backend.is_gpu and bool(views) and schema.PIXEL_HASH not in facts
         self._stream = backend.stream()
         self._from_bytes = self._build(decode=True)
         self._from_pixels: Any = None
@@ -147,6 +157,7 @@ class Decoder:
         widths, heights = np.zeros(n, np.int32), np.zeros(n, np.int32)
         by_dali: list[int] = []
         by_pillow: list[int] = []
+        smaller: dict[int, int] = {}
         for i, blob in enumerate(blobs):
             found = probe(
                 blob,
@@ -157,20 +168,52 @@ class Decoder:
             widths[i], heights[i] = _int32(found.width), _int32(found.height)
             if found.route == "none":
                 reasons[i], statuses[i] = found.reason, found.status
+            elif found.route == "dali" and (divisor := self._divisor(found)) > 1:
+                smaller[i] = divisor
             else:
                 (by_dali if found.route == "dali" else by_pillow).append(i)
-        parts = []
+        parts = self._decode_smaller(blobs, smaller, by_dali)
         for group in _groups(by_dali, widths.astype(np.int64) * heights):
             parts += self._decode_with_dali(blobs, group, by_pillow)
         for i in sorted(by_pillow):
             try:
                 pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
-                images, sizes = self._run(self._pixel_graph(), [pixels])
+                images, sizes = self._run_pixels([pixels])
             except (UndecodableError, RuntimeError) as exc:
                 reasons[i], statuses[i] = _reason(exc), _status(exc)
                 continue
             parts.append(([i], images, sizes))
         return self._assemble(blobs, parts, reasons, widths, heights, statuses)
+
+    def _divisor(self, found: Probe) -> int:
+        """Return at which part of its size an image is decoded."""
+        if not self._scales or found.format != "JPEG":
+            return 1
+        longest = max(max(view.height, view.width) for view in self.views)
+        shorter = min(found.width, found.height)
+        return next((d for d in _DIVISORS if shorter >= d * _SPARE * longest), 1)
+
+    def _decode_smaller(
+        self, blobs: Sequence[bytes], divisors: Mapping[int, int], rejected: list[int]
+    ) -> list[tuple[list[int], list[torch.Tensor], npt.NDArray[np.int64]]]:
+        """Decode large JPEGs at a part of their size; what does not decode so is added to `rejected`."""
+        if not divisors:
+            return []
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            found = list(pool.map(smaller_jpeg, (blobs[i] for i in divisors), divisors.values()))
+        decoded = {i: f for i, f in zip(divisors, found, strict=True) if f is not None}
+        rejected += [i for i in divisors if i not in decoded]
+        rejected.sort()
+        areas = np.zeros(len(blobs), np.int64)
+        for i, (pixels, _) in decoded.items():
+            areas[i] = pixels.shape[0] * pixels.shape[1]
+        parts = []
+        for group in _groups(list(decoded), areas):
+            divided = np.array([divisors[i] for i in group])
+            boxes = np.array([decoded[i][1] for i in group], np.float32)
+            images, sizes = self._run_pixels([decoded[i][0] for i in group], boxes, divided)
+            parts.append((group, images, sizes))
+        return parts
 
     def _decode_with_dali(
         self, blobs: Sequence[bytes], todo: Sequence[int], rejected: list[int]
@@ -205,8 +248,21 @@ class Decoder:
             parts.append(([i], images, sizes))
         return parts
 
-    def _run(self, graph: Any, inputs: list[Any]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
-        outputs = graph.run(source=inputs)
+    def _run_pixels(
+        self, pixels: list[npt.NDArray[np.uint8]], boxes: npt.NDArray[np.float32] | None = None, divided: Any = 1
+    ) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
+        """Make the views of decoded images, or of boxes in them where they were decoded smaller."""
+        if self._from_pixels is None:
+            self._from_pixels = self._build(decode=False)
+        if boxes is None:
+            boxes = np.array([(0, 0, *p.shape[:2]) for p in pixels], np.float32)
+        sizes = (boxes[:, 2:] - boxes[:, :2]) * np.reshape(divided, (-1, 1)).astype(np.float32)
+        return self._run(self._from_pixels, pixels, size=list(np.rint(sizes)), box=list(boxes))
+
+    def _run(
+        self, graph: Any, inputs: list[Any], **more: list[Any]
+    ) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
+        outputs = graph.run(source=inputs, **more)
         if len(outputs[0]) != len(inputs):
             raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(inputs)}: this is a bug")
         n_views = len(self.views)
@@ -250,17 +306,12 @@ class Decoder:
             facts[schema.PIXEL_HASH] = np.array([row.tobytes().hex() for row in rows], FACTS[schema.PIXEL_HASH])
         return Decoded(ok, images, reasons, widths, heights, statuses, facts)
 
-    def _pixel_graph(self) -> Any:
-        if self._from_pixels is None:
-            self._from_pixels = self._build(decode=False)
-        return self._from_pixels
-
     def _build(self, *, decode: bool) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
         # With a queue depth of one and run(source=...), a batch's outputs are those of its inputs.
         graph = Pipeline(
-            batch_size=self.batch_size if decode else 1,
+            batch_size=self.batch_size,
             num_threads=self._num_threads,
             device_id=self.backend.dali_device_id,
             prefetch_queue_depth=1,
@@ -270,17 +321,25 @@ class Decoder:
             source = fn.external_source(name="source", device="cpu", layout=None if decode else "HWC")
             if decode:
                 image = fn.decoders.image(source, output_type=types.RGB, **self.backend.dali_decoder)
+                size, region = image.shape(device="cpu"), {}
             else:
                 image = source.gpu() if self.backend.is_gpu else source
-            outputs = [view_operators(image, view) for view in self.views]
-            outputs.append(image.shape(device="cpu"))
+                size, box = (fn.external_source(name=name, device="cpu") for name in ("size", "box"))
+                region = {"roi_start": box[:2], "roi_end": box[2:]}
+            floats = fn.cast(size, dtype=types.FLOAT)
+            outputs = [view_operators(image, view, floats, **region) for view in self.views]
+            outputs.append(fn.cast(size, dtype=types.INT64))
             graph.set_outputs(*outputs, *([image] if schema.PIXEL_HASH in self.facts else []))
         graph.build()
         return graph
 
 
-def view_operators(image: Any, view: PixelView) -> Any:
-    """Add the operators that make a view of decoded images to the DALI graph that is being defined."""
+def view_operators(image: Any, view: PixelView, size: Any, **region: Any) -> Any:
+    """Add the operators that make a view of decoded images to the DALI graph that is being defined.
+
+    `size` holds height and width of the whole images as floats on the CPU, also where they were decoded smaller;
+    `region` are the arguments by which ``fn.resize`` finds them in their pixels then.
+    """
     from nvidia.dali import fn, math, types
 
     interpolation = {
@@ -288,22 +347,21 @@ def view_operators(image: Any, view: PixelView) -> Any:
         "bilinear": types.INTERP_TRIANGULAR,
         "lanczos": types.INTERP_LANCZOS3,
     }[view.interpolation]
-    options = {"interp_type": interpolation, "antialias": True}
-    size = [view.height, view.width]
+    options = {"interp_type": interpolation, "antialias": True, **region}
+    shape = [view.height, view.width]
     if view.resize == "squash":
-        return fn.resize(image, size=size, mode="stretch", **options)
+        return fn.resize(image, size=shape, mode="stretch", **options)
     if view.resize == "longest":
-        resized = fn.resize(image, size=size, mode="not_larger", **options)
-        return fn.crop(resized, crop=size, out_of_bounds_policy="pad", fill_values=[float(view.fill)])
+        resized = fn.resize(image, size=shape, mode="not_larger", **options)
+        return fn.crop(resized, crop=shape, out_of_bounds_policy="pad", fill_values=[float(view.fill)])
     # Sizes and offsets are rounded as torchvision does it: the longer side down, the offset of the
     # middle half to even. DALI's own rounding is one pixel off for one image in four.
-    shape = fn.cast(image.shape(device="cpu"), dtype=types.FLOAT)
-    rows, columns = shape[0], shape[1]
+    rows, columns = size[0], size[1]
     scale = math.max(view.height / rows, view.width / columns)
     scaled = [math.floor(side * scale + 1e-3) for side in (rows, columns)]
     resized = fn.resize(image, size=fn.stack(*scaled), mode="stretch", **options)
-    start = [_half_to_even(math, side - length) for side, length in zip(scaled, size, strict=True)]
-    return fn.slice(resized, start=fn.cast(fn.stack(*start), dtype=types.INT32), shape=size, axis_names="HW")
+    start = [_half_to_even(math, side - length) for side, length in zip(scaled, shape, strict=True)]
+    return fn.slice(resized, start=fn.cast(fn.stack(*start), dtype=types.INT32), shape=shape, axis_names="HW")
 
 
 def _half_to_even(math: Any, doubled: Any) -> Any:
@@ -353,16 +411,18 @@ def borrow_decoder(
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
     min_size: int = 1,
     facts: Sequence[str] = (),
+    jpeg_scaling: bool = True,
 ) -> Iterator[Decoder]:
     """Borrow a decoder from this process's pool; graphs are built once and used for every partition."""
     limits = (max_pixels, max_aspect_ratio, min_size)
-    key = (tuple(views), backend, batch_size, num_threads, limits, tuple(facts))
+    key = (tuple(views), backend, batch_size, num_threads, limits, tuple(facts), jpeg_scaling)
     with _idle_lock:
         decoder = _idle[key].pop() if _idle[key] else None
     if decoder is None:
         decoder = Decoder(
             views, backend, batch_size=batch_size, num_threads=num_threads,
             max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, min_size=min_size, facts=facts,
+            jpeg_scaling=jpeg_scaling,
         )  # fmt: skip
     try:
         yield decoder

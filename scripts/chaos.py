@@ -247,12 +247,14 @@ class _Watch:
 
 
 def _state(out: Path) -> dict[str, tuple[int, int]]:
-    """Return inode and time of all finished pieces of work."""
+    """Return inode and time of all finished pieces of work; an output shard is finished when its sidecar is there."""
     found = {}
     for pattern in ("catalog/part-*.parquet", "checkpoint/[0-9]*/part-*.parquet", "shards/*.parquet", "shards/*.tar"):
         # Folders come and go meanwhile.
         with contextlib.suppress(OSError):
             for path in out.glob(pattern):
+                if path.suffix == ".tar" and not path.with_suffix(".parquet").exists():
+                    continue
                 status = path.stat()
                 found[str(path.relative_to(out))] = (status.st_ino, status.st_mtime_ns)
     return found

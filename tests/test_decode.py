@@ -13,7 +13,7 @@ from imgcurate.batches import PixelView
 from imgcurate.decode import MAX_PIXELS, Decoder, borrow_decoder
 from imgcurate.errors import ConfigError
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
-from imgcurate.pillow import decode_with_pillow
+from imgcurate.pillow import decode_with_pillow, smaller_jpeg
 from imgcurate.probe import probe
 
 CLIP = PixelView(224, 224)
@@ -88,6 +88,69 @@ def test_decode_tells_the_displayed_size(backend, encode) -> None:
     data = encode(Image.new("RGB", (60, 30)), "JPEG", exif=exif)
     decoded = make_decoder(backend).decode([data])
     assert (decoded.widths[0], decoded.heights[0]) == (30, 60)
+
+
+def large_jpeg(photo: Image.Image, width: int, height: int, encode, **options) -> bytes:
+    return encode(photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), "JPEG", quality=92, **options)
+
+
+@pytest.mark.parametrize("size", [(1401, 1051), (903, 2002), (3611, 4001)])
+def test_large_jpegs_decoded_smaller_are_the_same_pictures(size, photos, encode, monkeypatch) -> None:
+    from imgcurate import decode
+
+    backend = get_backend("cpu")
+    blobs = [large_jpeg(p, *size, encode) for p in photos[:4]] + [encode(photos[4])]
+    whole = Decoder((CLIP,), backend, batch_size=3, num_threads=1, jpeg_scaling=False)
+    smaller, asked = make_decoder(backend, batch_size=8), []
+    monkeypatch.setattr(decode, "smaller_jpeg", lambda data, d: asked.append(d) or smaller_jpeg(data, d))
+    expected, got = [torch.cat([w.images[CLIP] for w in parts]).int() for parts in (
+        [whole.decode(blobs[i : i + 3]) for i in (0, 3)], [smaller.decode(blobs)]
+    )]  # fmt: skip
+    assert asked == [{903: 2, 1051: 2, 3611: 8}[min(size)]] * 4
+    assert torch.equal(got[4], expected[4])
+    difference = (got - expected).abs().float()
+    assert difference[:4].mean() < 0.5
+    # A signal-to-noise ratio of 45 dB.
+    assert float((difference[:4] ** 2).mean()) < 255**2 / 10**4.5
+    decoded = smaller.decode(blobs)
+    assert list(zip(decoded.widths[:4].tolist(), decoded.heights[:4].tolist(), strict=True)) == [size] * 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_large_jpegs_decoded_smaller_are_turned(orientation: int, photos, encode) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = large_jpeg(photos[0], 1301, 997, encode, exif=exif)
+    backend = get_backend("cpu")
+    whole = Decoder((CLIP,), backend, batch_size=3, num_threads=1, jpeg_scaling=False).decode([data])
+    smaller = make_decoder(backend).decode([data])
+    assert (smaller.images[CLIP].int() - whole.images[CLIP].int()).abs().float().mean() < 1
+    assert (smaller.widths[0], smaller.heights[0]) == (whole.widths[0], whole.heights[0])
+
+
+def test_large_jpegs_in_gray_and_broken_ones(photos, encode) -> None:
+    gray = encode(photos[0].convert("L").resize((1000, 1000)), "JPEG")
+    broken = bytearray(large_jpeg(photos[1], 1000, 1000, encode))
+    table = broken.index(b"\xff\xc4") + 5
+    broken[table : table + 16] = b"\xff" * 16
+    decoder = make_decoder(get_backend("cpu"))
+    decoded = decoder.decode([bytes(broken), gray, large_jpeg(photos[2], 1000, 1000, encode)])
+    assert decoded.ok.tolist() == [False, True, True]
+    assert decoded.reasons[0] == "damaged JPEG: its compressed pixels are broken"
+    assert torch.equal(decoded.images[CLIP][0, ..., 0], decoded.images[CLIP][0, ..., 2])
+    alone = make_decoder(get_backend("cpu")).decode([large_jpeg(photos[2], 1000, 1000, encode)])
+    assert torch.equal(decoded.images[CLIP][1], alone.images[CLIP][0])
+
+
+def test_what_needs_all_pixels_gets_them(photos, encode) -> None:
+    data = large_jpeg(photos[0], 1000, 1000, encode)
+    decoder = Decoder((CLIP,), get_backend("cpu"), batch_size=2, num_threads=1, facts=("pixel_hash",))
+    other = Decoder((), get_backend("cpu"), batch_size=2, num_threads=1, facts=("pixel_hash",))
+    assert decoder.decode([data]).facts["pixel_hash"] == other.decode([data]).facts["pixel_hash"]
+    large = PixelView(600, 600)
+    whole = Decoder((CLIP, large), get_backend("cpu"), batch_size=2, num_threads=1, jpeg_scaling=False)
+    both = make_decoder(get_backend("cpu"), CLIP, large)
+    assert torch.equal(both.decode([data]).images[CLIP], whole.decode([data]).images[CLIP])
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,31 @@ def test_a_sample_of_another_run_is_another_one_than_ours_of_the_same_uid() -> N
     assert shown == [(None, "sample 1 of /OLD", [3, 2], 2), (0, "k1", [1], 1)]
 
 
+def test_curve_of_one_eps_is_estimated_from_the_pairs_found(run: Result) -> None:
+    measured = run.dedup[0]["curve"]
+    _, rows = of(run)
+    one = {**run.dedup[0], "curve": [p for p in measured if p["eps"] == 0.05]}
+    estimate = findings.curve(one, rows)
+    assert [p["eps"] for p in estimate][:: len(estimate) - 1] == [0, 0.05]
+    assert all(p["kept"] + p["removed"] == one["samples"] for p in estimate)
+    kept = [p["kept"] for p in estimate]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-1] == one["curve"][0]["kept"]
+    (exact,) = [p["kept"] for p in measured if p["eps"] == 0.01]
+    assert kept[4] >= exact >= np.interp(0.01, [p["eps"] for p in estimate], kept) - 2
+
+
+def test_curve_of_one_eps_is_on_the_page_and_says_what_it_is(tmp_path: Path, client: Client, shards: Path) -> None:
+    stages = [
+        FilePartitioningStage(str(shards)), ImageReaderStage(), ImageEmbeddingStage(model="tiny-image"),
+        SemanticDedupStage(eps=0.05), ImageWriterStage(100),
+    ]  # fmt: skip
+    Pipeline(stages).run(str(tmp_path / "OUT"), client=client, report=True)
+    html = (tmp_path / "OUT" / "report.html").read_text()
+    assert "How many stay, for which eps" in html
+    assert "estimated from the pairs found" in html
+
+
 def test_errors_are_counted_by_their_reason(run: Result) -> None:
     _, rows = of(run)
     kinds = findings.errors(rows)

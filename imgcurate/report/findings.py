@@ -18,7 +18,19 @@ from imgcurate.report.sample import CatalogSample, spread
 from imgcurate.stages.base import Rule
 from imgcurate.stages.registry import recorded_rules
 
-__all__ = ["ErrorKind", "Examples", "Group", "Score", "Step", "errors", "funnel", "groups", "leavers", "scores"]
+__all__ = [
+    "ErrorKind",
+    "Examples",
+    "Group",
+    "Score",
+    "Step",
+    "curve",
+    "errors",
+    "funnel",
+    "groups",
+    "leavers",
+    "scores",
+]
 
 _BINS: Final = 48
 _EXAMPLES: Final = 6
@@ -28,6 +40,7 @@ _MEMBERS: Final = 8
 _MAX_ERRORS: Final = 40
 _TAIL: Final = 0.995
 _SKEWED: Final = 20.0
+_CURVE_POINTS: Final = 24
 _BEFORE_STAGES: Final[Mapping[str, str]] = {
     schema.STATUS_TAR_ERROR: "damaged in the shard",
     schema.STATUS_READ_ERROR: "could not be read",
@@ -274,6 +287,29 @@ def _group(sample: CatalogSample, rows: Any, keeper: Any, similarity: Any, names
     if row >= 0:
         name = str(sample.values(schema.KEY, [row])[0])
     return Group(row if row >= 0 else None, name, Examples("", rows[members].tolist(), notes), int(names[2][number]))
+
+
+def curve(stage: Mapping[str, Any], sample: CatalogSample) -> list[Mapping[str, float]]:
+    """Return how many samples would stay over eps, of a semantic deduplication that was made with one eps.
+
+    Below that eps it is an estimate, from the similarity of each sample that left to the one that stayed for it.
+    """
+    if schema.DUPLICATE_BY not in sample.table.column_names:
+        return []
+    by = np.array(sample.table[schema.DUPLICATE_BY].to_pylist(), object)
+    similarity = sample.numbers(schema.SIMILARITY)[_duplicate_mask(sample) & (by == "embedding")]
+    distance = 1 - similarity[np.isfinite(similarity)]
+    eps, removed = float(stage["eps"]), int(stage["curve"][0]["removed"])
+    if not len(distance) or eps <= 0:
+        return []
+    points = np.linspace(0, eps, _CURVE_POINTS + 1)
+    # Similarities were rounded to float32: a copy has a distance a little below or above zero.
+    share = [float(np.mean(distance <= p + 1e-6)) for p in points[:-1]] + [1.0]
+    total = int(stage["samples"])
+    return [
+        {"eps": float(p), "removed": removed * s, "kept": total - removed * s}
+        for p, s in zip(points, share, strict=True)
+    ]
 
 
 def leavers(manifest: Manifest, sample: CatalogSample) -> list[Examples]:

@@ -113,7 +113,7 @@ def _render(run: str, manifest: Manifest, show_nsfw: bool, storage_options: Stor
     album.add(r for _, those in groups for group in those for r in group.rows)
     album.develop()
     result = Result(run, manifest.samples, manifest.counts, [], catalog)
-    charts = _charts(scores, result.dedup, manifest.timeline)
+    charts = _charts(scores, result.dedup, manifest.timeline, sample)
     if (chart := _map(catalog, sample, show_nsfw, storage_options)) is not None:
         charts["map"] = chart
     scripts = [_bokeh_js()]
@@ -175,16 +175,18 @@ def _unsafe(sample: CatalogSample) -> npt.NDArray[np.bool_]:
 
 
 def _charts(
-    scores: Sequence[findings.Score], dedup: Sequence[Mapping[str, Any]], timeline: Sequence[tuple[float, int]]
-) -> dict[str, Any]:
+    scores: Sequence[findings.Score], dedup: Sequence[Mapping[str, Any]], timeline: Sequence[tuple[float, int]],
+    sample: CatalogSample,
+) -> dict[str, Any]:  # fmt: skip
     from imgcurate.report import charts
 
     made = {f"score {score.column}": charts.score_chart(score) for score in scores}
-    made |= {
-        f"curve {i}": charts.curve_chart(stage["curve"], stage["eps"])
-        for i, stage in enumerate(dedup)
-        if len(stage.get("curve", [])) > 1
-    }
+    for i, stage in enumerate(dedup):
+        measured = len(stage.get("curve", [])) > 1
+        # Which stage a duplicate left by is not in its row.
+        points = stage["curve"] if measured else findings.curve(stage, sample) if len(dedup) == 1 else []
+        if points:
+            made[f"{'curve' if measured else 'estimate'} {i}"] = charts.curve_chart(points, stage["eps"])
     if len(timeline) > 1:
         made["timeline"] = charts.progress_chart(timeline)
     return made

@@ -101,6 +101,10 @@ class ImageReaderStage(Stage):
     num_gpus_per_worker : float
         Share of a GPU that one task takes: 0.5 runs two tasks at once on each GPU, so that one computes while the
         other begins or ends. More than two share it with no gain.
+    jpeg_scaling : bool
+        On a CPU, decode JPEGs that are far larger than what is made of them at a half, a quarter or an eighth of
+        their size, from the low frequencies alone. What is left has at least twice the pixels a side that any stage
+        asks for.
 
     Notes
     -----
@@ -118,6 +122,7 @@ class ImageReaderStage(Stage):
     max_image_bytes: int = 256 * 1024**2
     text_columns: Sequence[str] = ()
     num_gpus_per_worker: float = 0.5
+    jpeg_scaling: bool = True
 
     name: ClassVar[str] = "ImageReaderStage"
 
@@ -191,6 +196,7 @@ def read_pixels(
         "max_aspect_ratio": reader.max_aspect_ratio,
         "min_size": reader.min_size,
         "facts": tuple(facts),
+        "jpeg_scaling": reader.jpeg_scaling,
     }
     borrow = IsolatedDecoder if isolated else borrow_decoder
     with borrow(views, backend, **options) as decoder:
