@@ -44,7 +44,7 @@ from imgcurate.storage import (
     remove,
     remove_tree,
 )
-from imgcurate.streams import SourceFile
+from imgcurate.streams import SourceFile, read_table
 
 __all__ = [
     "Attempts",
@@ -102,8 +102,7 @@ def read_parquet(
     """
     source = open_source(url, storage_options)
     try:
-        with SourceFile(source) as file:
-            return pq.read_table(file, columns=None if columns is None else list(columns))
+        return read_table(source, columns)
     except (pa.ArrowException, OSError, ValueError, KeyError) as exc:
         raise CatalogError(f"cannot read {url}: {exc}") from exc
     finally:
@@ -249,7 +248,9 @@ class Manifest:
             If the folder holds none.
         """
         manifest = Manifest.load(folder)
-        if manifest is None or manifest.state != "done" or "stages" not in manifest.config:
+        if manifest is not None and manifest.state != "done":
+            raise InputError(f"the run in {folder} is not finished: give its command again, and it goes on")
+        if manifest is None or "stages" not in manifest.config:
             raise InputError(f"{folder} is not the output folder of a finished run")
         return manifest
 

@@ -17,8 +17,10 @@ from imgcurate import commands, preparing, schema
 from imgcurate.console import (
     Device,
     DryRun,
+    EpsList,
     Inputs,
     Json,
+    Keep,
     LogJson,
     MaxFailed,
     Output,
@@ -36,6 +38,7 @@ from imgcurate.console import (
     TlsKey,
     Workers,
     app,
+    one_of,
     run_command,
     show_estimate,
     show_result,
@@ -77,7 +80,10 @@ def _options(
         dask.config.set(logging={"distributed": "critical", "distributed.client": "critical"})
 
 
-@app.command(epilog="Example: imgcurate demo -o imgcurate-demo")
+@app.command(
+    short_help="Curate real photos with planted duplicates, and check.",
+    epilog="Example: imgcurate demo -o imgcurate-demo",
+)
 def demo(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder for input and output.")] = "imgcurate-demo",
     workers: Workers = None,
@@ -115,7 +121,10 @@ def demo(
     typer.echo(result.accounting())
 
 
-@app.command(epilog="Example: imgcurate curate 'shards/*.tar' -o OUT --min-aesthetic 0.5 --max-nsfw 0.5 --eps 0.05")
+@app.command(
+    short_help="Embed, score, filter, remove duplicates, write shards.",
+    epilog="Example: imgcurate curate 'shards/*.tar' -o OUT --min-aesthetic 0.5 --max-nsfw 0.5 --eps 0.05",
+)
 def curate(
     inputs: Inputs,
     output: Output,
@@ -141,7 +150,8 @@ def curate(
     ] = None,
     eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
     n_clusters: Annotated[int | None, typer.Option(min=1, help="Clusters for dedup; chosen if not given.")] = None,
-    which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of equals.")] = "hard",
+    eps_list: EpsList = None,
+    which_to_keep: Keep = "hard",
     keep_by: Annotated[
         list[str], typer.Option(help="What decides first who stays; repeatable. '-' prefers the larger.")
     ] = ["-width*height", "-nbytes"],  # noqa: B006 - typer copies it
@@ -217,7 +227,7 @@ def curate(
         stages.append(
             SemanticDedupStage(
                 eps=eps, n_clusters=n_clusters if n_clusters is not None else "auto", which_to_keep=which_to_keep,
-                keep_by=keep_by, reference=reference or (),
+                keep_by=keep_by, reference=reference or (), eps_list=eps_list or (),
             )
         )  # fmt: skip
     limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "min_size": min_size}
@@ -241,7 +251,7 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="In place of what the file says; repeatable."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or gpu; overrides the file.")] = None,
+    device: Annotated[str | None, one_of("auto", "cpu", "gpu", help="As in the file, if not given.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls_ca_file: TlsCa = None,
@@ -316,11 +326,11 @@ def _pipeline(
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 1 the run failed, 2 wrong usage or configuration."""
+    """Run the command line: exit code 0 done, 1 the run failed, 2 wrong usage; 130 Ctrl-C, 143 SIGTERM."""
     try:
         app()
-    except StoppedError:
-        _fail("stopped", "run the same command again to go on", 1)
+    except StoppedError as exc:
+        _fail("stopped", "run the same command again to go on", exc.exit_code)
     except ImgcurateError as exc:
         _fail("wrong usage" if isinstance(exc, ConfigError) else "failed", str(exc), exc.exit_code)
     except Exception as exc:  # noqa: BLE001 - the last resort: one line, a traceback with --debug

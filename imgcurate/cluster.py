@@ -125,16 +125,18 @@ def _closing(resource: Any) -> Iterator[Any]:
     try:
         yield resource
     finally:
-        # What the event loop could not await any more is no news to who interrupts a run.
-        callbacks = logging.getLogger("tornado.application")
-        level = callbacks.level
-        callbacks.setLevel(logging.CRITICAL)
+        # What the event loop could not await any more, and that a worker is slow to end, is no news now.
+        silenced = [logging.getLogger(name) for name in ("tornado.application", "distributed.nanny")]
+        levels = [each.level for each in silenced]
+        for each in silenced:
+            each.setLevel(logging.CRITICAL)
         try:
             resource.close()
         except (TimeoutError, OSError, RuntimeError) as exc:
             logger.info("closing %s: %r", type(resource).__name__, exc)
         finally:
-            callbacks.setLevel(level)
+            for each, level in zip(silenced, levels, strict=True):
+                each.setLevel(level)
 
 
 def _check_main_guard() -> None:

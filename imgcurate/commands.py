@@ -13,8 +13,10 @@ from rich.table import Table
 
 from imgcurate.console import (
     Device,
+    EpsList,
     Inputs,
     Json,
+    Keep,
     Output,
     Overwrite,
     Quiet,
@@ -27,9 +29,11 @@ from imgcurate.console import (
     TlsKey,
     Workers,
     app,
+    one_of,
     run_command,
     running,
     security,
+    show_result,
 )
 from imgcurate.errors import printable
 
@@ -40,7 +44,10 @@ _MAX_PROBLEM_ROWS: Final = 20
 _MAX_EXTENSIONS: Final = 30
 
 
-@app.command(epilog="Example: imgcurate refilter OUT -o OUT2 --min-aesthetic 0.55 --eps 0.03")
+@app.command(
+    short_help="Decide a finished run anew; no image is decoded.",
+    epilog="Example: imgcurate refilter OUT -o OUT2 --min-aesthetic 0.55 --eps 0.03",
+)
 def refilter(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a finished run.")],
     output: Output,
@@ -57,7 +64,8 @@ def refilter(
     dedup: Annotated[bool | None, typer.Option(help="Remove semantic duplicates, or not.")] = None,
     eps: Annotated[float | None, typer.Option(min=0, max=1, help="Duplicates have a cosine >= 1 - eps.")] = None,
     n_clusters: Annotated[int | None, typer.Option(min=1, help="Clusters for dedup.")] = None,
-    which_to_keep: Annotated[str | None, typer.Option(help="hard, easy or random: who stays of equals.")] = None,
+    eps_list: EpsList = None,
+    which_to_keep: Annotated[str | None, one_of("hard", "easy", "random", help="Who stays of equals.")] = None,
     keep_by: Annotated[list[str] | None, typer.Option(help="What decides first who stays; repeatable.")] = None,
     reference: Annotated[list[str] | None, typer.Option(help="Run whose kept samples stay kept; repeatable.")] = None,
     images_per_tar: Annotated[int | None, typer.Option(min=1, help="Samples per output shard.")] = None,
@@ -71,6 +79,7 @@ def refilter(
     overwrite: Overwrite = False,
     resume: Resume = False,
     report: Report = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Decide a finished run anew, without decoding an image: what is not given stays as it was."""
@@ -87,7 +96,7 @@ def refilter(
         },
         "SemanticDedupStage": {
             "eps": eps, "n_clusters": n_clusters, "which_to_keep": which_to_keep, "keep_by": keep_by,
-            "reference": reference,
+            "reference": reference, "eps_list": eps_list,
         },
         "ImageWriterStage": {"images_per_tar": images_per_tar},
     }  # fmt: skip
@@ -103,12 +112,15 @@ def refilter(
     result = run_command(
         partial(decide, run, output, given, storage_options=storage_options(storage_option or [])),
         device=device, n_workers=workers, scheduler=scheduler, tls=(tls_ca_file, tls_cert, tls_key),
-        overwrite=overwrite, resume=resume, report=report, quiet=quiet,
+        overwrite=overwrite, resume=resume, report=report, quiet=quiet or as_json,
     )  # fmt: skip
-    typer.echo(result.accounting())
+    show_result(result, as_json)
 
 
-@app.command(epilog="Example: imgcurate report OUT --output report.html")
+@app.command(
+    short_help="Make the report again: a page with pictures.",
+    epilog="Example: imgcurate report OUT --output report.html",
+)
 def report(
     run: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
     output: Annotated[str | None, typer.Option("-o", "--output", help="The page. [default: OUT/report.html]")] = None,
@@ -125,23 +137,38 @@ def report(
     typer.echo(make_report(run, output, show_nsfw=show_nsfw, storage_options=options))
 
 
-@app.command(epilog="Example: imgcurate export OUT -o TABLES --format kept --format clip-retrieval")
+@app.command(
+    short_help="Write Parquet, CSV, npy or clip-retrieval's folders.",
+    epilog="Example: imgcurate export OUT -o TABLES --format kept --format clip-retrieval",
+)
 def export(
     run: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder for the files.")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="kept, removed, npy or clip-retrieval; repeatable. [default: kept, removed]"),
+        typer.Option(
+            "--format",
+            autocompletion=lambda: ["kept", "removed", "npy", "clip-retrieval"],
+            help="kept, removed, npy or clip-retrieval; repeatable. [default: kept, removed]",
+        ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write what a run decided as files that other tools read: Parquet, CSV, npy, clip-retrieval's folders."""
     from imgcurate.exchange_files import export_run
 
-    for name, rows in export_run(run, output, formats or ("kept", "removed")).items():
-        typer.echo(f"{name}: {rows:,} rows")
+    written = export_run(run, output, formats or ("kept", "removed"))
+    if as_json:
+        typer.echo(json.dumps({"output": output, "rows": written}, indent=1))
+        return
+    for name, rows in written.items():
+        typer.echo(f"{name}: {rows:,} rows{' (nothing was kept)' if not rows and name != 'removed' else ''}")
 
 
-@app.command(epilog="Example: imgcurate dedup embeddings.parquet -o OUT --id-field id --eps 0.05")
+@app.command(
+    short_help="Remove duplicates among embeddings of any source.",
+    epilog="Example: imgcurate dedup embeddings.parquet -o OUT --id-field id --eps 0.05",
+)
 def dedup(
     inputs: Annotated[
         list[str],
@@ -151,15 +178,17 @@ def dedup(
     id_field: Annotated[str, typer.Option(help="Column of ids: integers, strings or bytes.")] = "id",
     embedding_field: Annotated[str, typer.Option(help="Column of lists of numbers.")] = "embedding",
     eps: Annotated[float, typer.Option(min=0, max=1, help="Duplicates have a cosine similarity >= 1 - eps.")] = 0.05,
-    eps_list: Annotated[list[float] | None, typer.Option(help="Count for this eps too; repeatable.")] = None,
+    eps_list: EpsList = None,
     n_clusters: Annotated[int | None, typer.Option(min=1, help="k-means clusters; chosen if not given.")] = None,
     n_probe: Annotated[int, typer.Option(min=1, help="Clusters in which a row is looked for.")] = 2,
     max_probe: Annotated[int, typer.Option(min=1, help="Up to so many where a near row is likely.")] = 8,
-    which_to_keep: Annotated[str, typer.Option(help="hard, easy or random: who stays of equals.")] = "hard",
+    which_to_keep: Keep = "hard",
     keep_by: Annotated[
         list[str] | None, typer.Option(help="Column that decides first who stays; repeatable. '-' prefers the larger.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="representatives, or semdedup: the published rule.")] = "representatives",
+    mode: Annotated[
+        str, one_of("representatives", "semdedup", help="semdedup is the published rule.")
+    ] = "representatives",
     reference: Annotated[
         list[str] | None, typer.Option(help="Embeddings whose rows stay in any case; repeatable.")
     ] = None,
@@ -174,13 +203,14 @@ def dedup(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Remove duplicates among embeddings of any source: which ids stay, and what the others duplicate."""
     from imgcurate.config import storage_options
     from imgcurate.standalone import dedup_embeddings
 
-    with running(quiet) as progress:
+    with running(quiet or as_json) as progress:
         result = dedup_embeddings(
             inputs, output, id_field=id_field, embedding_field=embedding_field, eps=eps,
             eps_list=eps_list or (), n_clusters=n_clusters or "auto", n_probe=n_probe, max_probe=max_probe,
@@ -189,10 +219,10 @@ def dedup(
             scheduler=scheduler, security=security(scheduler, (tls_ca_file, tls_cert, tls_key)),
             device=device, n_workers=workers, overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    typer.echo(result.accounting())
+    typer.echo(json.dumps(result.as_dict(), indent=1) if as_json else result.accounting())
 
 
-@app.command(epilog="Example: imgcurate inspect 'shards/*.tar'")
+@app.command(short_help="Show what is in shards, without decoding.", epilog="Example: imgcurate inspect 'shards/*.tar'")
 def inspect(
     inputs: Inputs,
     storage_option: StorageOption = None,
@@ -207,7 +237,7 @@ def inspect(
         typer.echo(json.dumps(report.as_dict(), indent=1))
         return
     console = Console()
-    table = Table("shard", *(c for c in ("samples", "ok", "members", "bytes", "problems")))
+    table = Table("shard", *(c for c in ("samples", "with image", "members", "bytes", "problems")))
     for shard in report.shards[:_MAX_SHARD_ROWS]:
         numbers = (f"{n:,}" for n in (shard.samples, shard.ok, shard.members, shard.nbytes))
         table.add_row(
@@ -227,7 +257,7 @@ def inspect(
     typer.echo(report.summary())
 
 
-@app.command(epilog="Example: imgcurate verify OUT")
+@app.command(short_help="Prove that a run is whole, byte for byte.", epilog="Example: imgcurate verify OUT")
 def verify(
     output: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a run.")],
     quick: Annotated[bool, typer.Option("--quick", help="Leave the inputs alone.")] = False,

@@ -19,12 +19,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.pipeline import Pipeline
@@ -33,6 +35,7 @@ from imgcurate.stages.registry import make_stage
 
 __all__ = ["RunConfig", "load_config", "quality_ranges", "storage_options"]
 
+_DEEPEST_PLACE: Final = 4
 _TEXT_OPTIONS: Final = frozenset({"key", "secret", "token", "username", "password"})
 
 
@@ -45,6 +48,52 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if key in keys[:position]:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the keys of a file stand.
+
+    Attributes
+    ----------
+    file : str
+        The file.
+    lines : dict of tuple to int
+        By the keys and places that lead to it, the line of a key or of an item of a list, from 1 on.
+    """
+
+    file: str = ""
+    lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(file: str, node: yaml.Node | None) -> _Places:
+        return _Places(file, dict(_lines(node, ())))
+
+    def named(self, *keys: str | int) -> str:
+        """Return ``FILE, line N`` of the innermost of these keys that stands in the file."""
+        for stop in range(len(keys), 0, -1):
+            if keys[:stop] in self.lines:
+                return f"{self.file}, line {self.lines[keys[:stop]]}"
+        return self.file
+
+    def of_stage(self, number: int, problem: str) -> str:
+        """Return the place of the parameter of a stage that a message is about, else of the stage."""
+        inside = [keys for keys in self.lines if keys[:2] == ("stages", number) and len(keys) == _DEEPEST_PLACE]
+        about = [keys for keys in inside if re.search(rf"\b{re.escape(str(keys[-1]))}\b", problem)]
+        return self.named(*(about[0] if about else ("stages", number)))
+
+
+def _lines(node: yaml.Node | None, keys: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    if len(keys) == _DEEPEST_PLACE:
+        return
+    inside: list[tuple[Any, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        inside = [(key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+    elif isinstance(node, yaml.SequenceNode):
+        inside = [(number, item, item) for number, item in enumerate(node.value)]
+    for name, begin, value in inside:
+        yield (*keys, name), begin.start_mark.line + 1
+        yield from _lines(value, (*keys, name))
 
 
 class RunConfig(BaseModel):
@@ -83,6 +132,7 @@ class RunConfig(BaseModel):
     workers: int | None = Field(default=None, ge=1)
     scheduler: str | None = None
     max_failed: int = Field(default=0, ge=0)
+    _places: _Places = PrivateAttr(default_factory=_Places)
 
     @property
     def imports_stages(self) -> bool:
@@ -100,7 +150,13 @@ class RunConfig(BaseModel):
         source = FilePartitioningStage(
             self.inputs, self.files_per_partition, self.storage_options or None, self.sidecar_columns
         )
-        stages = [_make_stage(i, entry) for i, entry in enumerate(self.stages)]
+        stages = []
+        for i, entry in enumerate(self.stages):
+            try:
+                stages.append(_make_stage(i, entry))
+            except ConfigError as exc:
+                place = self._places.of_stage(i, str(exc))
+                raise type(exc)(f"{place}: {exc}" if place else str(exc)) from exc
         if not stages or not isinstance(stages[0], ImageReaderStage):
             stages.insert(0, ImageReaderStage())
         return Pipeline([source, *stages])
@@ -126,7 +182,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         loader = _UniqueKeyLoader(Path(path).read_text(encoding="utf-8"))
         try:
-            content = loader.get_single_data()
+            node = loader.get_single_node()
+            content = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
     except (OSError, UnicodeDecodeError) as exc:
@@ -137,19 +194,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} should be a mapping with 'inputs' and 'stages', not {type(content).__name__}")
     for text in overrides:
         _override(content, text)
+    places = _Places.of(str(path), node)
     try:
-        return RunConfig(**content)
+        config = RunConfig(**content)
     except ValidationError as exc:
-        error = exc.errors()[0]
-        place = error["loc"]
-        if place[0] == "stages" and len(place) > 1:
-            raise ConfigError(
-                f"{path}: stages[{place[1]}] should be the name of a stage, or a name with its parameters "
-                f"indented under it, not {content['stages'][int(place[1])]!r}"
-            ) from exc
-        where = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("list[", "dict[", "str")))
-        hint = nearest(str(error["loc"][0]), RunConfig.model_fields) if error["type"] == "extra_forbidden" else ""
-        raise ConfigError(f"{path}: {where}: {error['msg']}{hint}") from exc
+        raise ConfigError(_said(exc, content, places)) from exc
+    config._places = places
+    return config
+
+
+def _said(exc: ValidationError, content: Mapping[str, Any], places: _Places) -> str:
+    """Say in words what pydantic found first; a key that is not known is likely the one that is missing."""
+    errors = exc.errors()
+    error = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    place = error["loc"]
+    if place[0] == "stages" and len(place) > 1:
+        return (
+            f"{places.named(*place[:2])}: stages[{place[1]}] should be the name of a stage, or a name with its "
+            f"parameters indented under it, not {content['stages'][int(place[1])]!r}"
+        )
+    where = ".".join(str(p) for p in place if not str(p).startswith(("list[", "dict[", "str")))
+    if error["type"] == "extra_forbidden":
+        return f"{places.named(*place)}: there is no key {where!r}{nearest(where, RunConfig.model_fields)}"
+    if error["type"] == "missing":
+        example = {"inputs": "shards/*.tar", "stages": "a list of stages"}.get(where, "...")
+        return f"{places.file}: the key {where!r} is missing, as in {where}: {example}"
+    words = error["msg"].partition(", unable")[0]
+    if not words.startswith("Input should be "):
+        return f"{places.named(*place)}: {where}: {words}"
+    return f"{places.named(*place)}: {where} should be {words.removeprefix('Input should be ')}, not {error['input']!r}"
 
 
 def _override(content: dict[str, Any], text: str) -> None:
@@ -187,7 +260,11 @@ def _step(place: Any, key: str, text: str, where: str) -> Any:
     elif names.count(key) == 1:
         number = names.index(key)
     else:
-        raise ConfigError(f"--set {text}: {where} has {names.count(key)} entries {key!r}{nearest(key, names)}")
+        if names.count(key) > 1:
+            raise ConfigError(f"--set {text}: {where} has {names.count(key)} entries {key!r}: name one by its number")
+        what = "stage" if where == "stages" else f"entry of {where}"
+        numbers = f" (they are numbered 0 to {len(names) - 1})" if key.isdigit() else nearest(key, names)
+        raise ConfigError(f"--set {text}: there is no {what} {key!r}{numbers}")
     name = names[number]
     if isinstance(place[number], str) or place[number].get(name) is None:
         place[number] = {name: {}}

@@ -23,8 +23,10 @@ from imgcurate.progress import show_progress
 __all__ = [
     "Device",
     "DryRun",
+    "EpsList",
     "Inputs",
     "Json",
+    "Keep",
     "LogJson",
     "MaxFailed",
     "Output",
@@ -43,6 +45,7 @@ __all__ = [
     "TlsKey",
     "Workers",
     "app",
+    "one_of",
     "run_command",
     "running",
     "security",
@@ -64,6 +67,7 @@ app = typer.Typer(
     name="imgcurate",
     cls=_InOrder,
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Curate image data sets in WebDataset shards: embed, score, filter, remove duplicates, write shards.",
 )
@@ -72,7 +76,19 @@ Inputs = Annotated[
     list[str], typer.Argument(metavar="INPUT...", help="Tars, Parquet, folders: paths, URLs, globs, {braces}.")
 ]
 Output = Annotated[str, typer.Option("-o", "--output", help="Output folder of the run.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
+
+
+def one_of(*names: str, **options: Any) -> Any:
+    """Return an option that takes one of some names: what takes it says in one line if it is none of them."""
+    return typer.Option(metavar="|".join(names), autocompletion=lambda: list(names), **options)
+
+
+Device = Annotated[str, one_of("auto", "cpu", "gpu", help="What the workers compute on.")]
+Keep = Annotated[str, one_of("hard", "easy", "random", help="Who stays of those that --keep-by does not tell apart.")]
+EpsList = Annotated[
+    list[float] | None,
+    typer.Option("--eps-list", min=0, max=1, help="Count what would stay by this eps too; repeatable."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
 TlsCa = Annotated[str | None, typer.Option("--tls-ca-file", help="PEM file of the CA of a tls:// scheduler.")]
@@ -107,7 +123,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object.")]
 
 
 class StoppedError(ImgcurateError):
-    """Ctrl-C or SIGTERM during a run; typer would end the process without a word."""
+    """Ctrl-C or SIGTERM during a run; typer would end the process without a word.
+
+    Attributes
+    ----------
+    exit_code : int
+        128 and the number of the signal, as shells have it.
+    """
+
+    exit_code = 128 + signal.SIGINT
+
+
+class _TerminatedError(KeyboardInterrupt):
+    pass
 
 
 @contextmanager
@@ -124,14 +152,16 @@ def running(quiet: bool, log: str | None = None) -> Iterator[Any]:
         with show_progress(quiet, log) as progress:
             yield progress
     except KeyboardInterrupt as exc:
-        raise StoppedError from exc
+        stopped = StoppedError()
+        stopped.exit_code = 128 + (signal.SIGTERM if isinstance(exc, _TerminatedError) else signal.SIGINT)
+        raise stopped from exc
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _stop(number: int, frame: Any) -> None:
     del number, frame
-    raise KeyboardInterrupt
+    raise _TerminatedError
 
 
 def run_command(
@@ -152,9 +182,11 @@ def run_command(
         backend = get_backend(device)
         if device == "auto" and not backend.is_gpu and not quiet:
             typer.echo(f"running on the CPU: {why_no_gpu()}", err=True)
-    if not quiet and sys.stderr.isatty():
-        # Says where the dashboard is.
-        logging.getLogger("imgcurate.cluster").setLevel(logging.INFO)
+    if not quiet:
+        # Says what of a run is there; of a cluster, on a terminal, where its dashboard is.
+        logging.getLogger("imgcurate.runner").setLevel(logging.INFO)
+        if sys.stderr.isatty():
+            logging.getLogger("imgcurate.cluster").setLevel(logging.INFO)
     with running(quiet, log) as progress:
         result = execute(scheduler=scheduler, device=device, progress=progress, **options)
     if not quiet and not result.shards:
@@ -175,6 +207,8 @@ def _tell(result: Any) -> None:
             share = f"{100 * count / result.samples:.1f}"
             table.add_row("kept" if status == schema.STATUS_OK else escape(printable(status)), f"{count:,}", share)
         Console(stderr=True).print(table)
+    if result.shards:
+        typer.echo(f"shards: {result.shards[0].rpartition('/')[0]}", err=True)
     if result.report is not None:
         typer.echo(f"report: {result.report}", err=True)
 

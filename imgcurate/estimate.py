@@ -23,6 +23,7 @@ from imgcurate.storage import free_bytes, is_local, local_path
 __all__ = ["Estimate", "estimate_run"]
 
 _LOOKED_AT: Final = 5
+_BESIDES: Final = "starting workers, duplicates, copying and the report come on top, some 20 s at least"
 _TRIED: Final = 64
 _GIB: Final = 1024**3
 _SCALAR_BYTES: Final = 8
@@ -98,7 +99,7 @@ class Estimate:
         made.append(("workers", f"{self.workers}"))
         if self.seconds is not None:
             rate = f"{self.images_per_s:,.1f} images/s measured in one worker"
-            made.append(("time", f"about {_time(self.seconds)} to read, decode and score ({rate})"))
+            made.append(("time", f"about {_time(self.seconds)} to read, decode and score ({rate}); {_BESIDES}"))
         return [*made, *(("note", note) for note in self.notes)]
 
     @property

@@ -37,7 +37,7 @@ ATTEMPTS: Final = 10
 _FIRST_DELAY_S: Final = 0.1
 _LONGEST_DELAY_S: Final = 30.0
 _STALL_S: Final = 30.0
-_PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+_EXTRAS: Final = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 # Listings that are kept hide what was written since, by others or by a run that was killed.
 _KEEP_LISTINGS: Final = frozenset({"s3", "s3a", "gs", "gcs", "http", "https"})
 _WORTH_A_RETRY: Final = frozenset({408, 425, 429})
@@ -110,8 +110,8 @@ def filesystem(url: str, storage_options: StorageOptions | None) -> tuple[Any, s
             options["timeout"] = _timeout(options.get("timeout", _STALL_S))
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as exc:
-        package = _PACKAGES.get(protocol, "aiohttp requests")
-        raise ConfigError(f"{shown_url(url)}: {exc}. pip install {package}") from exc
+        cure = f": pip install 'imgcurate[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else f" ({exc})"
+        raise ConfigError(f"{protocol}:// needs packages that are not installed{cure}") from exc
     except (ValueError, TypeError) as exc:
         raise ConfigError(f"{shown_url(url)}: {shown_url(str(exc))}") from exc
     if protocol in ("s3", "s3a"):

@@ -87,7 +87,7 @@ class Inspection:
         samples, ok = sum(s.samples for s in self.shards), sum(s.ok for s in self.shards)
         members, nbytes = sum(s.members for s in self.shards), sum(s.nbytes for s in self.shards)
         return (
-            f"{len(self.shards):,} shards, {samples:,} samples ({ok:,} ok), {members:,} members, "
+            f"{len(self.shards):,} shards, {samples:,} samples ({ok:,} with an image), {members:,} members, "
             f"{nbytes:,} bytes, {len(self.details):,} problems"
         )
 
@@ -130,13 +130,18 @@ def _inspect(shard: Shard, number: int, storage_options: Mapping[str, Any] | Non
     index = index_shard(shard, number, storage_options=storage_options)
     url = f"{shard.url}/{shard.files[0]} ..." if shard.files else shard.url
     extensions = Counter(index.table[schema.MEMBERS].combine_chunks().flatten().to_pylist())
+    is_image = pc.equal(index.table[schema.STATUS], schema.STATUS_OK)
+    empty = index.table.filter(pc.and_(is_image, pc.equal(index.table[schema.NBYTES], 0)))
+    problems = [(p.offset, p.kind, p.detail) for p in index.problems]
+    rows = zip(empty[schema.OFFSET].to_pylist(), empty[schema.KEY].to_pylist(), strict=True)
+    problems += [(offset, "empty image", f"{key} has 0 bytes") for offset, key in rows]
     return ShardInspection(
         url=url,
         samples=len(index.table),
-        ok=pc.sum(pc.equal(index.table[schema.STATUS], schema.STATUS_OK)).as_py() or 0,
+        ok=pc.sum(is_image).as_py() or 0,
         members=sum(extensions.values()),
         nbytes=index.nbytes,
         extensions=dict(extensions.most_common()),
-        problems=dict(Counter(p.kind for p in index.problems).most_common()),
-        details=[f"{url} at byte {p.offset:,}: {p.kind}: {p.detail}" for p in index.problems],
+        problems=dict(Counter(kind for _, kind, _ in problems).most_common()),
+        details=[f"{url} at byte {offset:,}: {kind}: {detail}" for offset, kind, detail in problems],
     )

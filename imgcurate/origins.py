@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import dask.dataframe as dd
 import pyarrow as pa
 
-from imgcurate.catalog import Manifest
+from imgcurate.catalog import MANIFEST, Manifest
 from imgcurate.errors import InputError
 from imgcurate.frame import ShardGroup, frame_of_groups, groups_of
 from imgcurate.inputs import describe_shards
@@ -22,7 +23,7 @@ from imgcurate.partitions import Partitions
 from imgcurate.plan import Plan
 from imgcurate.shards import Shard
 from imgcurate.stages.reading import ImageReaderStage
-from imgcurate.storage import StorageOptions, is_local, local_path
+from imgcurate.storage import StorageOptions, exists, is_local, local_path
 
 __all__ = ["Origin", "ShardOrigin"]
 
@@ -197,4 +198,19 @@ def _without_output(shards: list[Shard], folder: str) -> list[Shard]:
         raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
     if inside:
         logger.warning("%d inputs lie in the output folder and are left out: %s ...", len(inside), inside[0])
-    return [s for s in shards if s.url not in set(inside)]
+    rest = [s for s in shards if s.url not in set(inside)]
+    _warn_of_runs(rest)
+    return rest
+
+
+def _warn_of_runs(shards: list[Shard]) -> None:
+    """Say so where shards that a run has written are among other inputs: their samples are likely there twice."""
+    folders = Counter(s.url.rpartition("/")[0] for s in shards if is_local(s.url) and not s.files)
+    written = {f: n for f, n in folders.items() if f.endswith("/shards")}
+    runs = {f: n for f, n in written.items() if exists(f"{f.removesuffix('shards')}{MANIFEST}")}
+    count = sum(runs.values())
+    if 0 < count < len(shards):
+        logger.warning(
+            "%d of %d inputs are the output of an earlier run (in %s), read beside the others: name inputs without "
+            "them if that is not meant", count, len(shards), ", ".join(map(local_path, sorted(runs)[:3])),
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -123,7 +124,11 @@ def open_run(
 def _check_space(folder: str) -> None:
     free = free_bytes(folder)
     if free is not None and free < _MIN_FREE_BYTES:
-        raise ImgcurateError(f"only {free:,} bytes are free on the disk of {folder}")
+        raise ImgcurateError(
+            f"only {free / 2**20:.1f} MiB are free on the disk of {folder}, and no run begins under "
+            f"{_MIN_FREE_BYTES / 2**20:.0f}: free some, or name a folder on another disk (--dry-run says how much it "
+            "takes)"
+        )
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
@@ -142,9 +147,18 @@ def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
                 if isinstance(a[i], dict) and isinstance(b[i], dict):
                     return difference(a[i], b[i], f"{where}[{i}].")
                 return f"{where}[{i}]: {a[i]} there, {b[i]} asked for"
-            return f"{where}: {len(a)} there, {len(b)} asked for"
+            return _list_difference(where, a, b)
         return f"{where}: {a} there, {b} asked for"
     return "the same configuration"
+
+
+def _list_difference(where: str, old: list[Any], new: list[Any]) -> str:
+    """Say which stages are in one of two lists alone, or how long they are."""
+    names = [[e["stage"] for e in entries if isinstance(e, dict) and "stage" in e] for entries in (old, new)]
+    there, asked = [Counter(n) for n in names]
+    only = [f"{n} there, and not asked for" for n in there - asked]
+    only += [f"{n} asked for, and not there" for n in asked - there]
+    return f"{where}: {'; '.join(only) if only else f'{len(old)} there, {len(new)} asked for'}"
 
 
 def _input_difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:

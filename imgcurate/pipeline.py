@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distributed import Client
 from distributed.security import Security
@@ -54,6 +54,10 @@ class Pipeline:
         """Check the stages and divide them into phases; see :func:`imgcurate.plan.make_plan`."""
         return make_plan(self.stages)
 
+    def __repr__(self) -> str:
+        """Show the stages with their parameters."""
+        return f"Pipeline([{''.join(f'{chr(10)}    {stage!r},' for stage in self.stages)}{chr(10)}])"
+
     def _repr_html_(self) -> str:
         """Show the plan in a notebook: phases, stages, what they need and add."""
         plan = self.plan()
@@ -80,7 +84,7 @@ class Pipeline:
         retry_failed: bool = False,
         report: bool | None = None,
         performance_report: str | None = None,
-        progress: Progress | None = None,
+        progress: Progress | Literal["auto"] | None = "auto",
     ) -> Result:
         """Run the pipeline, or go on with a run that was stopped.
 
@@ -117,8 +121,8 @@ class Pipeline:
             ``IMGCURATE_REPORT`` is ``0``.
         performance_report : str, optional
             Path of an HTML file that gets Dask's own report of tasks, transfers and memory.
-        progress : callable, optional
-            Called as partitions end.
+        progress : callable or "auto", optional
+            Called as partitions end. ``auto`` shows progress on a terminal and in a notebook; None shows nothing.
 
         Returns
         -------

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import pyarrow as pa
 
 from imgcurate import schema
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, nearest
 from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Stage, columns_added
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage
 
 __all__ = ["Phase", "Plan", "make_phases", "make_plan"]
+
+# Which stage gives a column, and how the command line asks for it.
+_MAKERS: Final[Mapping[str, tuple[str, str]]] = {
+    schema.EMBEDDING: ("ImageEmbeddingStage", "--encoder"),
+    schema.ENCODER: ("ImageEmbeddingStage", "--encoder"),
+    schema.AESTHETIC_SCORE: ("ImageAestheticFilterStage", "--min-aesthetic"),
+    schema.NSFW_SCORE: ("ImageNSFWFilterStage", "--max-nsfw"),
+    **{
+        c: (f"ImageQualityFilterStage(columns=[{c!r}])", "")
+        for c in (schema.CONTENT_HASH, schema.PIXEL_HASH, schema.PHASH)
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -168,4 +181,8 @@ def _missing(stage: Stage, column: str, types: dict[str, pa.DataType], removed: 
             f"stage {stage.name} needs the {column!r} data, which is gone after {removed[column]}: move the stage "
             "before it (or set remove_image_data=False there)"
         )
-    return f"stage {stage.name} needs the column {column!r}, and the stages before it give {', '.join(types)}"
+    maker, option = _MAKERS.get(column, ("", ""))
+    if maker:
+        hint = f" (on the command line: {option})" if option else ""
+        return f"stage {stage.name} needs the column {column!r}: put {maker} before it{hint}"
+    return f"stage {stage.name} needs the column {column!r}, which no stage before it gives{nearest(column, types)}"

@@ -1,4 +1,4 @@
-"""The progress of a run on a terminal, or in plain lines for a log."""
+"""The progress of a run on a terminal, in a notebook, or in plain lines for a log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,9 +21,22 @@ from imgcurate.errors import ConfigError
 if TYPE_CHECKING:
     from imgcurate.execution import Progress
 
-__all__ = ["show_progress"]
+__all__ = ["progress_or_auto", "show_progress"]
 
 _PLAIN_EVERY_S: Final = 10.0
+_NOTEBOOK_EVERY_S: Final = 0.5
+
+
+@contextmanager
+def progress_or_auto(progress: Progress | Literal["auto"] | None) -> Iterator[Progress | None]:
+    """Yield a callback as it is given; for ``"auto"`` one that shows progress on a terminal or in a notebook."""
+    if progress != "auto":
+        yield progress
+    elif (console := Console(stderr=True)).is_jupyter:
+        yield _notebook_progress()
+    else:
+        with _shown(quiet=not console.is_terminal) as show:
+            yield show
 
 
 @contextmanager
@@ -94,6 +107,31 @@ def _shown(quiet: bool) -> Iterator[Progress | None]:
         yield show
 
 
+def _notebook_progress() -> Progress:
+    """Return a callback that keeps one output of a notebook's cell up to date, a line for each phase."""
+    import IPython.display
+
+    from imgcurate.execution import COUNTS
+
+    lines: dict[str, str] = {}
+    last, tally = 0.0, _Tally()
+    handle: Any = IPython.display.display({"text/plain": "starting"}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+
+    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+        nonlocal last
+        words = tally.words(phase, result.get(COUNTS, {}))
+        lines[phase] = _line(phase, done, total, words)
+        if done == total or time.monotonic() - last >= _NOTEBOOK_EVERY_S:
+            last = time.monotonic()
+            handle.update({"text/plain": "\n".join(lines.values())}, raw=True)
+
+    return show
+
+
+def _line(phase: str, done: int, total: int, words: str) -> str:
+    return f"{phase}: {done:,} of {total:,}{f' ({words})' if words else ''}"
+
+
 class _Tally:
     """What the partitions of a phase have come to."""
 
@@ -126,6 +164,6 @@ def _plain_progress() -> Progress:
         words = tally.words(phase, result.get(COUNTS, {}))
         if done == total or time.monotonic() - last >= _PLAIN_EVERY_S:
             last = time.monotonic()
-            print(f"{phase}: {done:,} of {total:,}{f' ({words})' if words else ''}", file=sys.stderr, flush=True)
+            print(_line(phase, done, total, words), file=sys.stderr, flush=True)
 
     return show

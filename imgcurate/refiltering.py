@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import dask.dataframe as dd
 import pyarrow as pa
@@ -24,7 +24,7 @@ from imgcurate import schema
 from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.batches import ImageBatch
 from imgcurate.catalog import Catalog, Manifest, undecided
-from imgcurate.errors import ConfigError, InputError, nearest
+from imgcurate.errors import ConfigError, InputError
 from imgcurate.execution import Progress
 from imgcurate.inputs import describe_shards, find_shards
 from imgcurate.origins import Origin
@@ -68,7 +68,7 @@ def refilter(
     overwrite: bool = False,
     resume: bool = False,
     report: bool | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Literal["auto"] | None = "auto",
 ) -> Result:
     """Decide a finished run anew, and write the shards of what is kept now into another folder.
 
@@ -108,7 +108,8 @@ def refilter(
     """
     run, output_dir = (str(Path(local_path(f)).absolute()) if is_local(f) else f for f in (run, output_dir))
     if f"{output_dir.rstrip('/')}/".startswith(f"{run.rstrip('/')}/") or run.startswith(f"{output_dir.rstrip('/')}/"):
-        raise ConfigError(f"{output_dir} and {run} are one in the other: name another output folder")
+        how = "is the run itself" if output_dir.rstrip("/") == run.rstrip("/") else f"and {run} lie one in the other"
+        raise ConfigError(f"{output_dir} {how}: name another output folder")
     manifest = Manifest.of_finished(run)
     recorded = [_Recorded.of(i, entry) for i, entry in enumerate(manifest.config["stages"])]
     decided = _changed(recorded, changes or {}, run)
@@ -189,7 +190,10 @@ def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[
         if name in names or params is None:
             continue
         if not issubclass(find_stage("refilter", name), DatasetStage):
-            raise ConfigError(f"{run} was made without {name}{nearest(name, names)}")
+            raise ConfigError(
+                f"{run} was made without {name}, which looks at the images, and refilter looks at none: make a run "
+                "with it first; with a threshold that drops nothing it can be decided anew as often as you like"
+            )
         added = make_stage("refilter:", name, params)
         last = len(out) - 1 if out and isinstance(out[-1].stage, ImageWriterStage) else len(out)
         at = len(out) if isinstance(added, ImageWriterStage) else last

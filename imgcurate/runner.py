@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import dask.dataframe as dd
 from distributed import Client
@@ -39,6 +39,7 @@ from imgcurate.parts import (
 )
 from imgcurate.plan import Phase, Plan
 from imgcurate.preflight import check_storage, check_versions
+from imgcurate.progress import progress_or_auto
 from imgcurate.report import is_wanted, make_report
 from imgcurate.results import REPORT, Result
 from imgcurate.stages.base import DatasetStage, Stage, columns_added
@@ -81,8 +82,8 @@ class Run:
         Where the rows come from.
     folder : str
         The output folder.
-    progress : callable, optional
-        Called as partitions end.
+    progress : callable or "auto", optional
+        Called as partitions end; see :func:`imgcurate.progress.progress_or_auto`.
     max_failed : int
         How many partitions of the first phase may fail.
     retry_failed : bool
@@ -96,9 +97,11 @@ class Run:
 
     def __init__(
         self, plan: Plan, stages: Callable[[], list[dict[str, Any]]], origin: Origin, folder: str,
-        progress: Progress | None, *, max_failed: int = 0, retry_failed: bool = False, described: str = "",
+        progress: Progress | Literal["auto"] | None, *, max_failed: int = 0, retry_failed: bool = False,
+        described: str = "",
     ) -> None:  # fmt: skip
-        self.plan, self.stages, self.origin, self.folder, self.progress = plan, stages, origin, folder, progress
+        self.plan, self.stages, self.origin, self.folder, self._asked = plan, stages, origin, folder, progress
+        self.progress: Progress | None = None
         self.max_failed, self.retry_failed, self.described = max_failed, retry_failed, described
         self.types = plan.types | origin.types
         self.timings_s: dict[str, float] = {}
@@ -121,12 +124,13 @@ class Run:
         performance_report: str | None = None,
     ) -> Result:
         """Do what is missing of the run on a cluster, and return its result; see :meth:`Pipeline.run`."""
-        result = self._run(
-            client, scheduler, security, device, n_workers, overwrite=overwrite, resume=resume,
-            performance_report=performance_report,
-        )  # fmt: skip
-        if is_wanted(report) and (self._executed or not exists(join_url(self.folder, REPORT))):
-            self._report()
+        with progress_or_auto(self._asked) as self.progress:
+            result = self._run(
+                client, scheduler, security, device, n_workers, overwrite=overwrite, resume=resume,
+                performance_report=performance_report,
+            )  # fmt: skip
+            if is_wanted(report) and (self._executed or not exists(join_url(self.folder, REPORT))):
+                self._report()
         return result
 
     def _report(self) -> None:
@@ -283,8 +287,13 @@ class Run:
         """Make the parts that are missing; rows of partitions that may fail, and do, say why."""
         failed: dict[int, str] = {}
         timeline = Timeline(self.progress)
+        missing = catalog.missing_parts()
+        if there := catalog.n_parts - len(missing):
+            logger.info(
+                "going on with the run in %s: %d of %d partitions are there", self.folder, there, catalog.n_parts
+            )
         self._made = run_waves(
-            self.client, partial(self._first_phase, catalog=catalog), catalog.missing_parts(), phase=phase.label,
+            self.client, partial(self._first_phase, catalog=catalog), missing, phase=phase.label,
             resources=self._resources(), progress=timeline, max_failed=self.max_failed, failed=failed,
         )  # fmt: skip
         self._timeline = timeline.points()

@@ -22,7 +22,7 @@ from imgcurate.errors import ConfigError, InputError
 from imgcurate.extensions import TAR_ENDINGS
 from imgcurate.shards import Shard
 from imgcurate.storage import StorageError, StorageOptions, exists, modified, open_source
-from imgcurate.streams import SourceFile
+from imgcurate.streams import SourceFile, read_table
 
 __all__ = ["NO_SIDECARS", "SidecarColumns", "Sidecars", "find_sidecars"]
 
@@ -172,8 +172,7 @@ def _read(url: str, storage_options: StorageOptions | None, *, schema_only: bool
     try:
         source = open_source(url, storage_options)
         try:
-            file = SourceFile(source)
-            return pq.read_schema(file) if schema_only else pq.read_table(file)
+            return pq.read_schema(SourceFile(source)) if schema_only else read_table(source)
         finally:
             source.close()
     except (pa.ArrowException, OSError, StorageError) as exc:

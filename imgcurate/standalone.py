@@ -16,10 +16,10 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,6 +38,7 @@ from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, InputErr
 from imgcurate.execution import Progress
 from imgcurate.outputs import find_run, open_run
 from imgcurate.preflight import check_storage, check_versions
+from imgcurate.progress import progress_or_auto
 from imgcurate.stages.dedup_frames import client_runner
 from imgcurate.stages.deduplication import save_summary
 from imgcurate.storage import (
@@ -84,6 +85,10 @@ class DedupedEmbeddings:
         content: dict[str, Any] = json.loads(read_bytes(join_url(self.output_dir, "dedup", "dedup.json")))
         return content
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what it did as plain data."""
+        return {**asdict(self), "dedup": self.summary}
+
     def accounting(self) -> str:
         """Return the line that accounts for every row."""
         return f"{self.rows:,} rows in = {self.kept:,} kept + {self.removed:,} duplicate"
@@ -104,7 +109,7 @@ def dedup_embeddings(
     device: str = "auto",
     n_workers: int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Literal["auto"] | None = "auto",
     **parameters: Any,
 ) -> DedupedEmbeddings:
     """Find semantic duplicates among embeddings in files, of any source.
@@ -174,7 +179,8 @@ def dedup_embeddings(
             if (finished := run.finished(overwrite=overwrite)) is not None:
                 return finished
             check_storage(client, folder, files.parts[0].url if files.parts else None, storage_options)
-        return run.execute(client_runner(client, progress, run.device), overwrite=overwrite)
+        show = stack.enter_context(progress_or_auto(progress))
+        return run.execute(client_runner(client, show, run.device), overwrite=overwrite)
 
 
 def _config(eps: float, reference: Sequence[str], parameters: dict[str, Any]) -> DedupConfig:

@@ -199,7 +199,8 @@ def _glob(pattern: str, storage_options: StorageOptions | None) -> list[str]:
     fs.invalidate_cache()
     found = retry(lambda: fs.glob(path), f"cannot list {pattern}")
     if not found:
-        raise InputError(f"nothing matches {pattern!r}")
+        where = f" in {Path.cwd()}" if is_local(pattern) and not local_path(pattern).startswith("/") else ""
+        raise InputError(f"nothing matches {pattern!r}{where}")
     return [str(f) if is_local(pattern) else fs.unstrip_protocol(f) for f in found]
 
 

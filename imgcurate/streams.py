@@ -12,14 +12,23 @@ import io
 import lzma
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from imgcurate.storage import Source
 
-__all__ = ["UNKNOWN_SIZE", "DamagedStreamError", "ForwardSource", "SourceFile", "decompressed", "is_compressed"]
+__all__ = [
+    "UNKNOWN_SIZE",
+    "DamagedStreamError",
+    "ForwardSource",
+    "SourceFile",
+    "decompressed",
+    "is_compressed",
+    "read_table",
+]
 
 UNKNOWN_SIZE: Final = 2**63 - 1
 _BLOCK_BYTES: Final = 256 * 1024
@@ -156,6 +165,26 @@ class SourceFile(io.RawIOBase):
     def seekable(self) -> bool:
         """Return True."""
         return True
+
+
+def read_table(source: Source, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file.
+
+    In this thread alone: threads of Arrow's hold a Python file for a moment after its last byte was read, and a
+    process that ends in that moment is aborted.
+
+    Raises
+    ------
+    KeyError
+        If a column is missing.
+    pyarrow.ArrowException, OSError
+        If the file is damaged or cannot be read.
+    """
+    with SourceFile(source) as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
+        missing = [c for c in columns or () if c not in file.schema_arrow.names]
+        if missing:
+            raise KeyError(f"there is no column {missing[0]!r}")
+        return file.read(None if columns is None else list(columns), use_threads=False)
 
 
 def _buffered(source: Source) -> io.BufferedReader:

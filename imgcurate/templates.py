@@ -36,6 +36,13 @@ _USED: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 # Said elsewhere in the file.
 _ELSEWHERE: Final = frozenset({"output_dir"})
+# What an encoder other than CLIP's cannot do, and what no encoder can.
+_OF_CLIP: Final = frozenset({"ImageAestheticFilterStage", "ImageNSFWFilterStage"})
+_OF_EMBEDDINGS: Final = frozenset({"ImageEmbeddingStage", "SemanticDedupStage"}) | _OF_CLIP
+# Python's words for what YAML writes in others.
+_LITERAL: Final = r"""(?:"[^"]*"|'[^']*'|-?\d+(?:\.\d+)?|None)"""
+_TUPLE: Final = re.compile(rf"\(({_LITERAL}(?:, {_LITERAL})*),?\)")
+_WORDS: Final = {"None": "null", "True": "true", "False": "false"}
 
 
 def json_schema() -> dict[str, Any]:
@@ -84,8 +91,20 @@ def _stage_schema(kind: type[Stage]) -> dict[str, Any]:
     return {**made, "required": required} if required else made
 
 
-def commented_yaml(inputs: Sequence[str] = ("shards/*.tar",)) -> str:
-    """Return a pipeline's YAML file in which every key, stage and parameter stands with what it does."""
+def commented_yaml(inputs: Sequence[str] = ("shards/*.tar",), encoder: str = "ViT-L-14") -> str:
+    """Return a pipeline's YAML file in which every key, stage and parameter stands with what it does.
+
+    Parameters
+    ----------
+    inputs : sequence of str
+        What it reads.
+    encoder : str
+        The encoder it uses, or ``none``; stages that need another one stand in it as comments.
+    """
+    used = {name: dict(params) for name, params in _USED.items()}
+    if encoder != _USED["ImageEmbeddingStage"]["model"]:
+        used["ImageEmbeddingStage"] = {"model": encoder}
+        used = {k: v for k, v in used.items() if k not in (_OF_EMBEDDINGS if encoder == "none" else _OF_CLIP)}
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         "# A run of imgcurate:  imgcurate run pipeline.yaml -o OUT",
@@ -101,7 +120,7 @@ def commented_yaml(inputs: Sequence[str] = ("shards/*.tar",)) -> str:
             lines += [*_comment(described.get(name, ""), ""), f"# {_dump({name: default})}", ""]
     lines += ["# In the order in which samples pass through them.", "stages:"]
     for name, kind in STAGES.items():
-        lines += ["", *_commented_stage(name, kind, _USED.get(name))]
+        lines += ["", *_commented_stage(name, kind, used.get(name))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -109,7 +128,8 @@ def stages_markdown() -> str:
     """Return the documentation of the stages, from their docstrings, as Markdown."""
     lines = [
         "# Stages", "",
-        "In the order in which a pipeline mostly has them. Parameters are those of Python and of YAML files.", "",
+        "In the order in which a pipeline mostly has them. Parameters are those of Python and of YAML files,",
+        "where a tuple is a list, `[100, null]`, and `None` is `null`.", "",
     ]  # fmt: skip
     for name, kind in STAGES.items():
         described = _described(kind)
@@ -190,7 +210,9 @@ def _described(kind: type) -> dict[str, str]:
 
 
 def _comment(text: str, indent: str) -> list[str]:
-    return [f"{indent}# {line}" for line in textwrap.wrap(text, _WIDTH - len(indent))]
+    words = _TUPLE.sub(r"[\1]", text)
+    words = re.sub(r"\b(?:None|True|False)\b", lambda word: _WORDS[word[0]], words)
+    return [f"{indent}# {line}" for line in textwrap.wrap(words, _WIDTH - len(indent))]
 
 
 def _dump(content: Mapping[str, Any]) -> str:

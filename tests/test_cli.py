@@ -102,12 +102,17 @@ def test_inspect_counts_and_reports(run, shards: Path, tmp_path: Path) -> None:
     code, lines, _ = run("inspect", shards / "*.tar")
     nbytes = sum(p.stat().st_size for p in shards.glob("*.tar"))
     assert code == 0
-    assert lines[-1] == f"4 shards, 72 samples (72 ok), 204 members, {nbytes:,} bytes, 0 problems"
+    assert lines[-1] == f"4 shards, 72 samples (72 with an image), 204 members, {nbytes:,} bytes, 0 problems"
     assert lines[-2] == "members: 72 jpg, 72 txt, 60 json"
     (tmp_path / "page.tar").write_text("<html>" * 200)
     code, lines, _ = run("inspect", tmp_path / "page.tar")
     assert code == 0
     assert "not a tar file" in "\n".join(lines)
+    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    code, lines, _ = run("inspect", tmp_path / "empty.tar")
+    assert lines[-3].endswith("empty image: a has 0 bytes")
+    assert lines[-1].endswith("1 samples (1 with an image), 1 members, 10,240 bytes, 1 problems")
     code, lines, _ = run("inspect", "--json", shards / "00000.tar")
     assert json.loads("\n".join(lines))["samples"] == 18
 

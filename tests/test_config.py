@@ -99,6 +99,40 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
         load_config(write(tmp_path, text)).pipeline()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "inputs: x\nstages:\n  - ImageReaderStage\n  - SemanticDedupStage:\n      keep_by: []\n      eps: 3\n",
+            r"pipeline.yaml, line 6: stages\[1\] SemanticDedupStage: eps=",
+        ),
+        (
+            "inputs: x\nstages:\n  - ImageReaderStage\n  - SemanticDedupStage: {epz: 3}\n",
+            r"pipeline.yaml, line 4: stages\[1\] SemanticDedupStage has no parameter 'epz'; did you mean 'eps'",
+        ),
+        ("inputs: x\n\nstages:\n  - ImageReaderStag\n", r"line 4: stages\[0\]: unknown stage 'ImageReaderStag'"),
+        (
+            "inputs: x\nstages: [A]\nworkers: many\n",
+            r"pipeline.yaml, line 3: workers should be a valid integer, not 'many'",
+        ),
+        ("input: x\nstages: [A]\n", r"pipeline.yaml, line 1: there is no key 'input'; did you mean 'inputs'"),
+        ("stages: [A]\n", r"pipeline.yaml: the key 'inputs' is missing, as in inputs: shards/\*.tar"),
+        ("inputs: x\nstages:\n  - ImageReaderStage\n  - 3\n", r"line 4: stages\[1\] should be the name of a stage"),
+        (
+            "inputs: x\nstages:\n  - ImageQualityFilterStage:\n      ranges: {width: (100}\n",
+            r"line 4: .*should be a pair, least and largest: \[256, null\] in YAML",
+        ),
+        (
+            "inputs: x\nstages:\n  - no.such.Stage\n",
+            r"line 3: .* there is no module 'no' \(in the installed packages and",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text)).pipeline()
+
+
 def test_storage_options_are_yaml_scalars_and_dots_nest() -> None:
     assert storage_options([]) is None
     given = [

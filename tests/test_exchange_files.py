@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from imgcurate.results import Result
 from imgcurate.stages import (
     FilePartitioningStage,
     ImageEmbeddingStage,
+    ImageQualityFilterStage,
     ImageReaderStage,
     ImageWriterStage,
     SemanticDedupStage,
@@ -35,6 +37,22 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory, client: Client) 
         SemanticDedupStage(eps=0.05), ImageWriterStage(images_per_tar=25),
     ]  # fmt: skip
     return Pipeline(stages).run(str(tmp_path_factory.mktemp("exchange") / "OUT"), client=client)
+
+
+def test_command_says_that_nothing_was_kept_and_prints_json(tmp_path: Path, client: Client, shards: Path) -> None:
+    stages = [
+        FilePartitioningStage(str(shards), 1), ImageReaderStage(), ImageQualityFilterStage({"width": (10**6, None)}),
+        ImageEmbeddingStage(model="tiny-image"),
+    ]  # fmt: skip
+    Pipeline(stages).run(str(tmp_path / "OUT"), client=client)
+    formats = [part for name in ALL for part in ("--format", name)]
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "OUT"), "-o", str(tmp_path / "T"), *formats])
+    assert done.output.splitlines() == [
+        "kept: 0 rows (nothing was kept)", "removed: 72 rows", "npy: 0 rows (nothing was kept)",
+        "clip-retrieval: 0 rows (nothing was kept)",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "OUT"), "-o", str(tmp_path / "T2"), "--json"])
+    assert json.loads(done.output)["rows"] == {"kept": 0, "removed": 72}
 
 
 def test_every_sample_is_in_one_table_and_embeddings_go_with_their_rows(run: Result, tmp_path: Path) -> None:

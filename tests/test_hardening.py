@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -109,6 +110,21 @@ def test_overwrite_never_deletes_its_own_input(shards: Path, tmp_path: Path, cli
     everything = [str(shards / "*.tar"), str(tmp_path / "**" / "*.tar")]
     again = tiny_pipeline(everything).run(str(out), client=client)
     assert again.samples == first.samples
+
+
+def test_output_of_an_earlier_run_among_the_inputs_is_told(
+    shards: Path, tmp_path: Path, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    tiny_pipeline(str(folder)).run(str(folder / "OUT"), client=client)
+    assert not caplog.records
+    tiny_pipeline(str(folder)).run(str(folder / "OUT2"), client=client)
+    assert "3 of 7 inputs are the output of an earlier run" in caplog.text
+    assert str(folder / "OUT" / "shards") in caplog.text
+    caplog.clear()
+    tiny_pipeline(str(folder / "OUT" / "shards")).run(str(tmp_path / "OUT3"), client=client)
+    assert not caplog.records
 
 
 def test_overwrite_takes_nothing_from_a_folder_without_a_manifest(shards: Path, tmp_path: Path, client: Client) -> None:
@@ -308,7 +324,7 @@ def test_ctrl_c_says_how_to_go_on_and_a_kill_loses_nothing(
     wait_for(lambda: len(list(out.glob("catalog/part-*.parquet"))) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1, err
+    assert process.returncode == 130, err
     assert err.splitlines()[-1] == "imgcurate: stopped: run the same command again to go on"
     assert "Traceback" not in err
     assert 2 <= len(list(out.glob("catalog/part-*.parquet"))) < 8

@@ -6,13 +6,15 @@ import json
 import urllib.request
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 from typer.testing import CliRunner
 
 from imgcurate import Pipeline
 from imgcurate.cli import app
 from imgcurate.cluster import open_client
-from imgcurate.progress import show_progress
+from imgcurate.progress import progress_or_auto, show_progress
 from imgcurate.stages import FilePartitioningStage, ImageEmbeddingStage, ImageReaderStage, ImageWriterStage
 
 
@@ -34,6 +36,33 @@ def test_workers_count_what_they_did(shards: Path, tmp_path: Path) -> None:
     assert found['imgcurate_partitions_total{work="write"}'] == 3
     assert found['imgcurate_samples_total{status="ok",work="write"}'] == 72
     assert found['imgcurate_seconds_total{work="make"}'] > 0
+
+
+def test_progress_shows_by_itself_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    with progress_or_auto("auto") as show:
+        assert show is None
+    with progress_or_auto(print) as show:
+        assert show is print
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_or_auto("auto") as show:
+        show("read", 1, 1, {"counts": {"ok": 3}})
+    assert "read" in capsys.readouterr().err
+
+
+def test_progress_in_a_notebook_is_one_output_that_changes() -> None:
+    cell = nbformat.v4.new_code_cell(
+        "from imgcurate.progress import progress_or_auto\n"
+        "with progress_or_auto('auto') as show:\n"
+        "    show('read', 1, 2, {'counts': {'ok': 3}})\n"
+        "    show('read', 2, 2, {'counts': {'ok': 2}})\n"
+        "    show('write', 1, 1, {})\n"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    (output,) = notebook.cells[0].outputs
+    read, write = output["data"]["text/plain"].splitlines()
+    assert read.startswith("read: 2 of 2 (5 samples, 100.0% ok")
+    assert write == "write: 1 of 1"
 
 
 def test_a_log_has_a_line_for_each_partition_and_dask_reports_its_tasks(shards: Path, tmp_path: Path) -> None:

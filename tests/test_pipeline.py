@@ -253,6 +253,23 @@ def test_custom_stage_scores_and_drops(shards: Path, tmp_path: Path, client: Cli
     assert catalog.reason[dark].iloc[0].startswith(f"brightness {value:.2f} < 100")
 
 
+def test_a_stage_that_does_not_set_its_column_is_named(shards: Path, tmp_path: Path, client: Client) -> None:
+    class Forgets(ProcessingStage):
+        name = "forgets"
+        needs = ("image",)
+        adds = {"saturation": "float32"}
+        views = (PixelView(8, 8),)
+
+        def process(self, batch):
+            return batch
+
+    stages = [FilePartitioningStage(str(shards)), ImageReaderStage(), Forgets(), ImageWriterStage()]
+    with pytest.raises(
+        ImgcurateError, match="stage forgets declares the column 'saturation' in 'adds', and does not set"
+    ):
+        Pipeline(stages).run(str(tmp_path / "OUT"), client=client)
+
+
 def test_columns_may_be_made_after_dedup(shards: Path, tmp_path: Path, client: Client) -> None:
     class Norm(ProcessingStage):
         name = "norm"

@@ -182,7 +182,10 @@ def test_a_run_that_is_stopped_goes_on(run, tmp_path, client) -> None:
         ({"SemanticDedup": {"eps": 0.1}}, "unknown stage 'SemanticDedup'; did you mean"),
         ({"SemanticDedupStage": {"epps": 0.1}}, "no parameter 'epps'; did you mean"),
         ({"SemanticDedupStage": {"eps": 3}}, r"eps=3 should be in \[0, 1\]"),
-        ({"ImageAestheticFilterStage": {"score_threshold": 0.5}}, "was made without ImageAestheticFilterStage"),
+        (
+            {"ImageAestheticFilterStage": {"score_threshold": 0.5}},
+            "was made without ImageAestheticFilterStage, which looks",
+        ),
         ({"ImageQualityFilterStage": {"ranges": {"entropy": [1, None]}}}, "needs the column 'entropy', which"),
         ({"SemanticDedupStage": {"keep_by": ["-aesthetic_score"]}}, "needs the column 'aesthetic_score', which"),
     ],
@@ -206,10 +209,10 @@ def test_folders_that_are_no_finished_run_are_refused(run, tmp_path, client) -> 
     shutil.copytree(run.output_dir, unfinished)
     manifest = json.loads((unfinished / "manifest.json").read_text())
     (unfinished / "manifest.json").write_text(json.dumps({**manifest, "state": "running"}))
-    with pytest.raises(InputError, match="is not the output folder of a finished run"):
+    with pytest.raises(InputError, match="is not finished: give its command again"):
         refilter(str(unfinished), str(tmp_path / "OUT2"), client=client)
     for other in (run.output_dir, f"{run.output_dir}/x", str(Path(run.output_dir).parent)):
-        with pytest.raises(ConfigError, match="one in the other"):
+        with pytest.raises(ConfigError, match="one in the other|is the run itself"):
             refilter(run.output_dir, other, client=client, overwrite=True)
 
 

@@ -134,17 +134,42 @@ def test_scores_count_every_decoded_sample_once(run: Result) -> None:
     assert next(iter(scores)) in ("brightness", "nsfw_score")
     decoded = manifest.samples - 3
     for score in scores.values():
-        assert sum(score.kept) + sum(score.left) + score.missing == decoded
+        assert sum(score.kept) + sum(score.left) + sum(score.elsewhere) + score.missing == decoded
+        assert bool(score.rules) or not any(score.left)
         assert sum(score.kept) == run.kept
     bright = scores["brightness"]
     catalog = run.catalog[["brightness", "status"]].compute()
     assert [r.threshold for r in bright.rules] == [60]
     below = next(e for e in bright.examples if e.label == "just below 60")
-    # Those that the lowest show already are not shown again.
-    expected = catalog[catalog.brightness < 60].brightness.sort_values().iloc[6:].tail(6)
+    assert sum(bright.left) == run.counts["quality"]
+    expected = catalog[catalog.brightness < 60].brightness.sort_values().tail(6)
     assert rows.numbers("brightness")[below.rows].tolist() == pytest.approx(expected.tolist())
     lowest = bright.examples[0]
     assert rows.numbers("brightness")[lowest.rows[0]] == catalog.brightness.min()
+
+
+def test_examples_beside_a_threshold_come_first_where_there_are_few_samples(run: Result) -> None:
+    x = np.array([57.9, 65.1, 70.7, 74.7, 101.0, 106.0, 114.0])
+    examples = list(findings._along(x, np.arange(7), [80]))
+    assert [(e.label, e.rows) for e in examples] == [("just below 80", [0, 1, 2, 3]), ("from 80 on", [4, 5, 6])]
+    many = list(findings._along(np.arange(40.0), np.arange(40), [20]))
+    assert [e.label for e in many] == ["lowest", "just below 20", "from 20 on", "highest"]
+    assert [e.rows[0] for e in many] == [0, 14, 20, 34]
+
+
+def test_most_alike_pairs_stayed_and_are_those_of_brute_force(run: Result) -> None:
+    manifest, rows = of(run)
+    found, vectors = sample.embeddings(Catalog(run.output_dir, manifest.n_parts), rows)
+    ((title, pairs),) = findings.most_alike(rows, found, vectors)
+    assert "larger eps" in title
+    shown = [r for pair in pairs for r in pair.rows]
+    assert len(shown) == len(set(shown))
+    assert set(rows.values("status", shown)) == {"ok"}
+    kept = np.flatnonzero(rows.kept[found])
+    x = vectors[kept] / np.linalg.norm(vectors[kept], axis=1, keepdims=True)
+    best = (x @ x.T)[np.triu_indices(len(x), 1)].max()
+    assert pairs[0].members.notes == [f"{best:.3f}"]
+    assert best < 1 - 0.05
 
 
 def test_groups_show_who_stayed_and_the_least_alike_first(run: Result) -> None:
@@ -170,7 +195,7 @@ def test_a_sample_of_another_run_is_another_one_than_ours_of_the_same_uid() -> N
         "duplicate_by": [None] + ["embedding"] * 3, "similarity": [None, 0.99, 0.98, 0.97],
     })  # fmt: skip
     rows = sample.CatalogSample(table, np.zeros(4, np.int64), 4)
-    (_, largest), _ = findings.groups(rows)
+    ((_, largest),) = findings.groups(rows)
     shown = [(g.keeper, g.keeper_name, g.members.rows, g.size) for g in largest]
     assert shown == [(None, "sample 1 of /OLD", [3, 2], 2), (0, "k1", [1], 1)]
 

@@ -148,7 +148,7 @@ def test_a_slurm_job_near_its_time_limit_is_queued_again(many: Path, tmp_path: P
     wait_for_parts(out, process)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=100)
-    assert process.returncode == 1, err
+    assert process.returncode == 130, err
     assert "run the same command again to go on" in err
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert left_over(str(tmp_path)) == []
@@ -182,7 +182,7 @@ def test_ssh_cluster(shards: Path, tmp_path: Path) -> None:
     assert usage.returncode == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_ssh_cluster_that_is_ended_leaves_nothing(number: int, code: int, many: Path, tmp_path: Path) -> None:
     env = held.environment(tmp_path / "hold", tmp_path / "OUT", ssh(tmp_path))
     command = ["run", held.write_run(tmp_path, many), "-o", tmp_path / "OUT", "-q"]

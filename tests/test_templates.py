@@ -149,11 +149,35 @@ def test_overrides_take_the_place_of_the_file(tmp_path: Path, text: str, place: 
 
 
 @pytest.mark.parametrize(
+    ("encoder", "stages"),
+    [
+        ("tiny-image", ["ImageQualityFilterStage", "ImageEmbeddingStage", "ExactDedupStage", "SemanticDedupStage"]),
+        ("none", ["ImageQualityFilterStage", "ExactDedupStage"]),
+    ],
+)
+def test_init_for_an_encoder_uses_what_it_can_do(tmp_path: Path, encoder: str, stages: list[str]) -> None:
+    file = tmp_path / "p.yaml"
+    assert CliRunner().invoke(app, ["init", str(file), "--encoder", encoder]).exit_code == 0
+    pipeline = load_config(file).pipeline()
+    pipeline.plan()
+    assert [type(s).__name__ for s in pipeline.stages[2:]] == [*stages, "ImageWriterStage"]
+    assert "#   - ImageAestheticFilterStage:" in file.read_text()
+    assert CliRunner().invoke(app, ["init", str(tmp_path / "q.yaml"), "--encoder", "ViT-Q"]).exit_code != 0
+
+
+def test_comments_write_values_as_yaml_does() -> None:
+    text = commented_yaml()
+    assert not re.search(r"\bNone\b|\bTrue\b|\(\"", text)
+    shown = text[text.index('{"sharpness"') :].split("}")[0].replace("#", "") + "}"
+    assert yaml.safe_load(shown) == {"sharpness": [100, None], "width": [256, None], "aspect_ratio": [None, 3]}
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("workers", "should be KEY=VALUE"),
         ("stages.SemanticDedup.eps=1", "did you mean 'SemanticDedupStage'"),
-        ("stages.9.eps=1", "has 0 entries '9'"),
+        ("stages.9.eps=1", "there is no stage '9' (they are numbered 0 to 1)"),
         ("inputs.0=a", "nothing to set"),
         ("stages.0.model.x=1", "nothing to set"),
         ("workers=[", "not valid YAML"),

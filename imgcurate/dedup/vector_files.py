@@ -333,7 +333,9 @@ def _plan_file(
         fields = {f.name: f.type for f in file.schema_arrow}
         for name in columns if not vectors else (columns[0], *columns[2:]):
             if name not in fields:
-                raise InputError(f"{table} has no column {name!r}{nearest(name, fields)}")
+                what = {columns[0]: " of ids (id_field, --id-field)"}.get(name, "")
+                what = what or (" of embeddings (embedding_field, --embedding-field)" if name == columns[1] else "")
+                raise InputError(f"{table} has no column {name!r}{what}{nearest(name, fields)}")
         meta = file.metadata
         groups = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         if vectors:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,14 +217,38 @@ def _download_from_hub(place: str, folder: Path) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, names = _hub_names(place)
+    _look_up_hub()
     for name in names:
         try:
-            return Path(hf_hub_download(repository, name, cache_dir=str(folder)))
+            with _without_retry_lines():
+                return Path(hf_hub_download(repository, name, cache_dir=str(folder)))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
             continue
     raise WeightsError(f"{repository} holds none of {', '.join(names)}")
+
+
+def _look_up_hub() -> None:
+    """Raise an OSError if the hub has no address here: its client would ask for half a minute."""
+    from huggingface_hub import constants
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    # A proxy looks names up by itself.
+    if host and not urllib.request.getproxies():
+        socket.getaddrinfo(host, None)
+
+
+@contextlib.contextmanager
+def _without_retry_lines() -> Iterator[None]:
+    """Keep the hub's client from writing a line for each attempt, twice: what came of them is said at the end."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(max(hub.getEffectiveLevel(), logging.ERROR))
+    try:
+        yield
+    finally:
+        hub.setLevel(before)
 
 
 def _hub_names(place: str) -> tuple[str, list[str]]:

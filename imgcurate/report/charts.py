@@ -27,12 +27,14 @@ __all__ = ["curve_chart", "map_chart", "progress_chart", "score_chart"]
 
 _KEPT: Final = "#2a9d8f"
 _LEFT: Final = "#b0627a"
+_ELSEWHERE: Final = "#a9b4c0"
 _LIMIT: Final = "#e07a1f"
 # Readable on white and on black.
 _INK: Final = "#7a7f87"
 # The green that is left out is too like that of what is kept.
 _KINDS: Final = [_LEFT, *(c for i, c in enumerate(Category20_20) if i // 2 != 2)]
 _HEIGHT: Final = 220
+_MOST_IN_LEGEND: Final = 12
 _MAP_HEIGHT: Final = 560
 # Bokeh fills in '@name' and escapes it; the picture is ours.
 _MAP_TOOLTIP: Final = """
@@ -44,18 +46,23 @@ _MAP_TOOLTIP: Final = """
 
 def score_chart(score: Score) -> Any:
     """Return the histogram of a score, what left upon what stayed, with its thresholds."""
-    kept, left = np.array(score.kept), np.array(score.left)
+    kept, left, elsewhere = np.array(score.kept), np.array(score.left), np.array(score.elsewhere)
     source = ColumnDataSource({
-        "from": score.edges[:-1], "to": score.edges[1:], "kept": kept, "left": left, "top": kept + left,
+        "from": score.edges[:-1], "to": score.edges[1:], "kept": kept, "left": left, "elsewhere": elsewhere,
+        "middle": kept + left, "top": kept + left + elsewhere,
     })  # fmt: skip
     chart = _figure(x_axis_type="log" if score.is_log else "linear", x_axis_label=score.column)
     common = {"left": "from", "right": "to", "source": source, "line_width": 0}
-    bars = [
-        chart.quad(bottom=0, top="kept", fill_color=_KEPT, legend_label="kept", **common),
-        chart.quad(bottom="kept", top="top", fill_color=_LEFT, legend_label="left", **common),
-    ]
-    tips = [(score.column, "@from{0,0.[00]} to @to{0,0.[00]}"), ("kept", "@kept{0,0}"), ("left", "@left{0,0}")]
-    chart.add_tools(HoverTool(renderers=bars[:1] if left.sum() == 0 else bars, tooltips=tips))
+    bars = [chart.quad(bottom=0, top="kept", fill_color=_KEPT, legend_label="kept", **common)]
+    tips = [(score.column, "@from{0,0.[00]} to @to{0,0.[00]}"), ("kept", "@kept{0,0}")]
+    if left.any():
+        bars.append(chart.quad(bottom="kept", top="middle", fill_color=_LEFT, legend_label="left by this", **common))
+        tips.append(("left by this", "@left{0,0}"))
+    if elsewhere.any():
+        label = "left for another reason" if score.rules else "left"
+        bars.append(chart.quad(bottom="middle", top="top", fill_color=_ELSEWHERE, legend_label=label, **common))
+        tips.append((label, "@elsewhere{0,0}"))
+    chart.add_tools(HoverTool(renderers=bars, tooltips=tips))
     for rule in score.rules:
         chart.add_layout(Span(location=rule.threshold, dimension="height", line_color=_LIMIT, line_width=2))
     chart.y_range.start = 0
@@ -119,7 +126,8 @@ def map_chart(
         if name == "status":
             palette = {kind: _KEPT if kind == "ok" else color for kind, color in palette.items()}
         source.add([palette[kind] for kind in kinds], f"color of {name}")
-        panels.append(TabPanel(child=_map(source, f"color of {name}"), title=name))
+        groups = name if len(counted) <= _MOST_IN_LEGEND else None
+        panels.append(TabPanel(child=_map(source, f"color of {name}", groups), title=name))
     for name in values:
         finite = values[name][np.isfinite(values[name])]
         if len(finite):
@@ -134,11 +142,12 @@ def map_chart(
     return Tabs(tabs=panels, sizing_mode="stretch_width")
 
 
-def _map(source: ColumnDataSource, color: Any) -> Any:
+def _map(source: ColumnDataSource, color: Any, groups: str | None = None) -> Any:
     chart = _figure(
         height=_MAP_HEIGHT, tools="pan,wheel_zoom,box_zoom,reset", active_scroll=None, toolbar_location="above"
     )
-    dots = chart.scatter("x", "y", source=source, size=7, color=color, alpha=0.8, line_width=0)
+    legend = {} if groups is None else {"legend_group": groups}
+    dots = chart.scatter("x", "y", source=source, size=7, color=color, alpha=0.8, line_width=0, **legend)
     chart.add_tools(HoverTool(renderers=[dots], tooltips=_MAP_TOOLTIP))
     chart.axis.visible = False
     chart.grid.visible = False

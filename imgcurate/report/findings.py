@@ -29,6 +29,7 @@ __all__ = [
     "funnel",
     "groups",
     "leavers",
+    "most_alike",
     "scores",
 ]
 
@@ -88,8 +89,8 @@ class Score:
         Its name, and what it holds.
     rules : list of Rule
         The thresholds on it.
-    edges, kept, left : list of number
-        Bins, and how many samples of each stayed and left.
+    edges, kept, left, elsewhere : list of number
+        Bins, and how many samples of each stayed, left by a threshold on this column, and left by something else.
     is_log : bool
         Whether the bins are equal in the logarithm.
     missing : int
@@ -104,6 +105,7 @@ class Score:
     edges: list[float]
     kept: list[int]
     left: list[int]
+    elsewhere: list[int]
     is_log: bool
     missing: int
     examples: list[Examples] = field(default_factory=list)
@@ -210,10 +212,12 @@ def _score(sample: CatalogSample, column: str, rules: list[Rule], decoded: npt.N
     edges[0], edges[-1] = min(low, edges[0]), max(high, edges[-1])
     clipped = np.clip(x, edges[0], edges[-1])
     kept = sample.kept[there]
-    counts = [np.histogram(clipped[mask], edges)[0].tolist() for mask in (kept, ~kept)]
+    within = np.logical_and.reduce([np.ones(len(x), bool), *(np.asarray(rule.keeps(x), bool) for rule in rules)])
+    masks = (kept, ~kept & ~within, ~kept & within)
+    stayed, left, elsewhere = (np.histogram(clipped[mask], edges)[0].tolist() for mask in masks)
     known = schema.COLUMNS.get(column)
     return Score(
-        column, known.description if known else "", rules, edges.tolist(), counts[0], counts[1], bool(is_log),
+        column, known.description if known else "", rules, edges.tolist(), stayed, left, elsewhere, bool(is_log),
         int(decoded.sum()) - len(there), list(_along(x, there, limits)),
     )  # fmt: skip
 
@@ -222,21 +226,25 @@ def _along(x: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], limits: Sequ
     """Yield examples along the axis: the lowest, those beside each threshold or in the middle, the highest."""
     order = np.argsort(x, kind="stable")
     n = len(order)
-    spans: list[tuple[str, int, int]] = [("lowest", 0, _EXAMPLES)]
+    spans: list[tuple[str, int, int]] = []
     for limit in sorted(set(limits)):
         at = int(np.searchsorted(x[order], limit))
         spans += [(f"just below {limit:g}", at - _EXAMPLES, at), (f"from {limit:g} on", at, at + _EXAMPLES)]
     if not limits:
         middle = n // 2
         spans.append(("in the middle", middle - _EXAMPLES // 2, middle + _EXAMPLES // 2))
-    spans.append(("highest", n - _EXAMPLES, n))
+    # What is beside a threshold tells most: of few samples the ends get what that leaves.
+    spans += [("lowest", 0, _EXAMPLES), ("highest", n - _EXAMPLES, n)]
     shown: set[int] = set()
+    taken = []
     for label, start, stop in spans:
         places = [i for i in range(max(start, 0), min(stop, n)) if i not in shown]
         shown.update(places)
         if places:
-            taken = order[places]
-            yield Examples(label, rows[taken].tolist(), [_short(v) for v in x[taken].tolist()])
+            taken.append((places, label))
+    for places, label in sorted(taken):
+        chosen = order[places]
+        yield Examples(label, rows[chosen].tolist(), [_short(v) for v in x[chosen].tolist()])
 
 
 def _short(value: float) -> str:
@@ -244,7 +252,7 @@ def _short(value: float) -> str:
 
 
 def groups(sample: CatalogSample) -> list[tuple[str, list[Group]]]:
-    """Return groups of duplicates: the largest, and those whose members are least like the sample that stayed."""
+    """Return groups of duplicates: the largest, and, if they are others, those least like the sample that stayed."""
     if schema.DUPLICATE_OF not in sample.table.column_names:
         return []
     rows = np.flatnonzero(_duplicate_mask(sample) & np.isfinite(sample.numbers(schema.DUPLICATE_OF)))
@@ -268,9 +276,42 @@ def groups(sample: CatalogSample) -> list[tuple[str, list[Group]]]:
     if np.isfinite(similarity).any():
         closest = np.argsort(np.where(np.isfinite(similarity), similarity, np.inf), kind="stable")
         chosen = list(dict.fromkeys(names[1][closest][: 20 * _GROUPS].tolist()))[:_GROUPS]
-        title = "Nearest to the threshold: were these to go?"
-        out.append((title, [_group(sample, rows, keeper, similarity, names, g) for g in chosen]))
+        if set(chosen) != set(largest.tolist()):
+            title = "The least alike that left: a smaller eps brings these back first"
+            out.append((title, [_group(sample, rows, keeper, similarity, names, g) for g in chosen]))
     return out
+
+
+def most_alike(
+    sample: CatalogSample, rows: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]
+) -> list[tuple[str, list[Group]]]:
+    """Return pairs of samples that stayed, those that are most alike first; each sample once.
+
+    Parameters
+    ----------
+    sample : CatalogSample
+        The rows.
+    rows : ndarray of int64 of shape (m,)
+        Those of them that are looked at.
+    vectors : ndarray of float32 of shape (m, d)
+        Their embeddings.
+    """
+    length = np.linalg.norm(vectors, axis=1)
+    there = np.flatnonzero(sample.kept[rows] & np.isfinite(length) & (length > 0))
+    if len(there) < 2:
+        return []
+    x = vectors[there] / length[there, None]
+    first, second = np.triu_indices(len(there), 1)
+    similarity = (x @ x.T)[first, second]
+    pairs: list[Group] = []
+    shown: set[int] = set()
+    for at in np.argsort(-similarity, kind="stable")[: 20 * _GROUPS].tolist():
+        a, b = int(rows[there[first[at]]]), int(rows[there[second[at]]])
+        if len(pairs) < _GROUPS and not shown & {a, b}:
+            shown |= {a, b}
+            pairs.append(Group(a, "", Examples("", [b], [f"{similarity[at]:.3f}"]), 1))
+    among = "" if len(rows) == len(sample) else f", among {len(there):,} of them"
+    return [(f"The most alike that stayed{among}: a larger eps takes these first", pairs)]
 
 
 def _group(sample: CatalogSample, rows: Any, keeper: Any, similarity: Any, names: Any, number: int) -> Group:
@@ -332,7 +373,8 @@ def errors(sample: CatalogSample) -> list[ErrorKind]:
     for status, reason, row in pairs:
         kinds.setdefault((status, _NUMBER.sub("N", reason or "")), []).append(row)
     out = []
-    for (status, reason), those in sorted(kinds.items(), key=lambda kind: -len(kind[1]))[:_MAX_ERRORS]:
-        first = sample.values(schema.REASON, those[:1])[0] if len(those) == 1 else reason
-        out.append(ErrorKind(status, str(first), len(those), [str(k) for k in sample.values(schema.KEY, those[:3])]))
+    for (status, pattern), those in sorted(kinds.items(), key=lambda kind: -len(kind[1]))[:_MAX_ERRORS]:
+        reasons = set(sample.values(schema.REASON, those))
+        reason = str(reasons.pop()) if len(reasons) == 1 else pattern
+        out.append(ErrorKind(status, reason, len(those), [str(k) for k in sample.values(schema.KEY, those[:3])]))
     return out

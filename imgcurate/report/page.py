@@ -107,14 +107,17 @@ def _render(run: str, manifest: Manifest, show_nsfw: bool, storage_options: Stor
     sample = load_sample(catalog, manifest.samples)
     scores, leavers = findings.scores(manifest, sample), findings.leavers(manifest, sample)
     groups = findings.groups(sample)
+    result = Result(run, manifest.samples, manifest.counts, [], catalog)
+    embedded = embeddings(catalog, sample)
+    if result.dedup:
+        groups += findings.most_alike(sample, *embedded)
     album = _Album(sample, show_nsfw=show_nsfw, storage_options=storage_options)
     album.add(r for score in scores for examples in score.examples for r in examples.rows)
     album.add(r for examples in leavers for r in examples.rows)
     album.add(r for _, those in groups for group in those for r in group.rows)
     album.develop()
-    result = Result(run, manifest.samples, manifest.counts, [], catalog)
     charts = _charts(scores, result.dedup, manifest.timeline, sample)
-    if (chart := _map(catalog, sample, show_nsfw, storage_options)) is not None:
+    if (chart := _map(sample, *embedded, show_nsfw, storage_options)) is not None:
         charts["map"] = chart
     scripts = [_bokeh_js()]
     places: Mapping[str, Any] = {}
@@ -192,11 +195,13 @@ def _charts(
     return made
 
 
-def _map(catalog: Catalog, sample: CatalogSample, show_nsfw: bool, storage_options: StorageOptions | None) -> Any:
-    """Return the map of embeddings; None if there are too few."""
+def _map(
+    sample: CatalogSample, rows: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32], show_nsfw: bool,
+    storage_options: StorageOptions | None,
+) -> Any:  # fmt: skip
+    """Return the map of the embeddings of some rows; None if there are too few."""
     from imgcurate.report.charts import map_chart
 
-    rows, vectors = embeddings(catalog, sample)
     if len(rows) < _LEAST_ON_MAP:
         return None
     chosen = rows.tolist()

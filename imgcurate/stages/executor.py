@@ -126,6 +126,9 @@ def _check_columns(stage: ProcessingStage, batch: ImageBatch, types: Mapping[str
     for column in batch.made:
         if column not in types and column not in batch.given:
             raise ConfigError(f"stage {stage.name} sets the column {column!r}, which it does not declare in 'adds'")
+    for column in stage.adds:
+        if column not in batch.columns and column != IMAGE:
+            raise ConfigError(f"stage {stage.name} declares the column {column!r} in 'adds', and does not set it")
 
 
 def _column_batches(

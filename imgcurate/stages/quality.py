@@ -98,7 +98,10 @@ class ImageQualityFilterStage(ProcessingStage):
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranges, Mapping):
-            raise ConfigError(f"ranges={self.ranges!r} should be a mapping, such as {{'width': (256, None)}}")
+            raise ConfigError(
+                f"ranges={self.ranges!r} should be a mapping of columns to pairs, such as width: [256, null] "
+                f"in a YAML file, {{'width': (256, None)}} in Python"
+            )
         if self.columns is not None and (isinstance(self.columns, str) or not isinstance(self.columns, Sequence)):
             raise ConfigError(f"columns={self.columns!r} should be a sequence, such as ('sharpness', 'phash')")
         for column in self.columns or ():
@@ -197,7 +200,7 @@ def _check_range(column: str, bounds: Any) -> None:
     if column not in _NUMBERS:
         what = "holds hashes, which have no range" if column in _COLUMNS else "is unknown"
         raise ConfigError(f"ranges: the column {column!r} {what}{nearest(str(column), _NUMBERS)}")
-    expected = f"{column} should be a pair (min, max) of numbers or None, such as (256, None)"
+    expected = f"{column} should be a pair, least and largest: [256, null] in YAML, (256, None) in Python"
     if isinstance(bounds, (str, bytes)) or not isinstance(bounds, Sequence) or len(bounds) != 2:
         raise ConfigError(f"ranges: {expected}, not {bounds!r}")
     given = [b for b in bounds if b is not None]

@@ -61,6 +61,9 @@ def find_stage(place: str, name: str) -> type[Stage]:
     module, _, attribute = name.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as exc:
+        where = "in the installed packages and the folder that the command is run in, or PYTHONPATH names"
+        raise ConfigError(f"{place}: cannot import {name}: there is no module {exc.name!r} ({where})") from exc
     except (Exception, SystemExit) as exc:
         raise ConfigError(f"{place}: cannot import {name}: {type(exc).__name__}: {exc}") from exc
     if not (isinstance(kind, type) and issubclass(kind, Stage)):

@@ -235,7 +235,7 @@ class _Checks:
             self.done.add("record", "manifest.json", "its config is not the one that its fingerprint is of")
         mark, place = None, join_url(self.folder, SUCCESS)
         if manifest.state != "done":
-            self.done.add("unfinished", self.folder, f"the run is {manifest.state}: run the same command again")
+            self.done.add("unfinished", self.folder, "the run is not finished: give its command again, and it goes on")
         try:
             mark = Success.load(self.folder)
         except CatalogError as exc:
