@@ -136,21 +136,23 @@ class _Tally:
     """What the partitions of a phase have come to."""
 
     def __init__(self) -> None:
-        self._phase, self._ok, self._rows = "", 0, 0
+        self._phase, self._ok, self._rows, self._errors = "", 0, 0, 0
         self._begun = self._last = time.monotonic()
 
     def words(self, phase: str, counts: dict[str, int]) -> str:
-        """Add a partition; say how many samples are done, how many of them are still there, and how fast it goes."""
+        """Add a partition; say how many samples are done, what became of them, and how fast it goes."""
         if phase != self._phase:
             # A phase begins where the last one ended.
-            self._phase, self._ok, self._rows, self._begun = phase, 0, 0, self._last
+            self._phase, self._ok, self._rows, self._errors, self._begun = phase, 0, 0, 0, self._last
         self._last = time.monotonic()
         self._ok += counts.get(schema.STATUS_OK, 0)
         self._rows += sum(counts.values())
+        self._errors += sum(n for status, n in counts.items() if status in schema.UNREADABLE)
         if not self._rows:
             return ""
         share, seconds = self._ok / self._rows, max(self._last - self._begun, 1e-3)
-        return f"{self._rows:,} samples, {100 * share:.1f}% ok, {self._rows / seconds:,.0f}/s"
+        errors = f", {self._errors:,} errors" if self._errors else ""
+        return f"{self._rows:,} samples, {100 * share:.1f}% ok{errors}, {self._rows / seconds:,.0f}/s"
 
 
 def _plain_progress() -> Progress:

@@ -45,13 +45,7 @@ Changes = Mapping[str, Mapping[str, Any] | None]
 _READS: Final = (FilePartitioningStage.__name__, ImageReaderStage.__name__)
 _THRESHOLDS: Final = frozenset({"score_threshold", "ranges"})
 # What a sample is before any stage looks at it.
-_NOT_DECIDED: Final = frozenset(
-    {
-        schema.STATUS_OK, schema.STATUS_TAR_ERROR, schema.STATUS_NO_IMAGE, schema.STATUS_READ_ERROR,
-        schema.STATUS_DECODE_ERROR, schema.STATUS_DECODER_CRASH, schema.STATUS_TOO_SMALL, schema.STATUS_FAILED,
-        schema.STATUS_DUPLICATE,
-    }
-)  # fmt: skip
+_NOT_DECIDED: Final = schema.UNREADABLE | {schema.STATUS_OK, schema.STATUS_TOO_SMALL, schema.STATUS_DUPLICATE}
 
 
 def refilter(

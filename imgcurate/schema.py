@@ -66,6 +66,7 @@ __all__ = [
     "STATUS_TOO_SMALL",
     "UID",
     "UID_SHARD_BITS",
+    "UNREADABLE",
     "WIDTH",
     "Column",
     "arrow_schema",
@@ -123,6 +124,10 @@ STATUS_FAILED: Final = "failed"
 STATUS_AESTHETIC: Final = "aesthetic"
 STATUS_NSFW: Final = "nsfw"
 STATUS_DUPLICATE: Final = "duplicate"
+UNREADABLE: Final = frozenset(
+    {STATUS_TAR_ERROR, STATUS_NO_IMAGE, STATUS_READ_ERROR, STATUS_DECODE_ERROR, STATUS_DECODER_CRASH, STATUS_FAILED}
+)
+"""Statuses of samples whose image nobody has seen."""
 
 UID_SHARD_BITS: Final = 32
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import signal
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ _LONG = (
 
 # A report takes seconds; tests that look at one ask for it.
 os.environ["IMGCURATE_REPORT"] = "0"
+
+# A shell ignores Ctrl-C for what it starts in the background, and so would all that is started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Samples = Sequence[tuple[str, Mapping[str, bytes]]]
 

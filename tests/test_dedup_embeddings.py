@@ -200,7 +200,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, client: Client) -> None:
 
     x = list(np.eye(4, dtype=np.float32))
     good = write(tmp_path / "good.parquet", ["a", "b", "c", "d"], x)
-    fails("good.parquet has no column 'ids'; did you mean 'id'", good, id_field="ids")
+    fails(r"good.parquet has no column 'ids' of ids \(id_field, --id-field\); did you mean 'id'", good, id_field="ids")
     fails("good.parquet: id holds string: expected lists of numbers", good, embedding_field="id")
     fails("good.parquet has no column 'width'", good, keep_by=["-width"])
     fails("short.parquet: row 2 has an embedding of 3 values, and the first one has 4",

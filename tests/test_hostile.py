@@ -328,7 +328,11 @@ def test_inspect_reports_each_irregularity(run: Run, odd_shard: Path, tmp_path: 
     ("make", "code", "words"),
     [
         (lambda p: p.write_bytes(b""), 0, "empty file (0 bytes)"),
-        (lambda p: p.write_bytes(end_of_archive(0)), 0, "0 samples (0 ok), 0 members, 10,240 bytes, 0 problems"),
+        (
+            lambda p: p.write_bytes(end_of_archive(0)),
+            0,
+            "0 samples (0 with an image), 0 members, 10,240 bytes, 0 problems",
+        ),
         (os.mkfifo, 2, "no regular file"),
         (lambda p: p.symlink_to(p), 2, "cannot read"),
         (lambda p: p.symlink_to("/dev/zero"), 2, "no regular file"),

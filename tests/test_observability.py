@@ -102,9 +102,9 @@ def test_plain_lines_say_how_many_are_left_and_how_fast(capsys: pytest.CaptureFi
     with show_progress(quiet=False) as show:
         assert show is not None
         for done in range(1, 4):
-            show("read", done, 3, {"counts": {"ok": 3, "nsfw": 1}})
+            show("read", done, 3, {"counts": {"ok": 6, "nsfw": 1, "decode_error": 1}})
         show("write", 1, 1, {})
     read, write = capsys.readouterr().err.splitlines()
-    assert read.startswith("read: 3 of 3 (12 samples, 75.0% ok, ")
+    assert read.startswith("read: 3 of 3 (24 samples, 75.0% ok, 3 errors, ")
     assert read.endswith("/s)")
     assert write == "write: 1 of 1"

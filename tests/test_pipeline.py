@@ -253,6 +253,22 @@ def test_custom_stage_scores_and_drops(shards: Path, tmp_path: Path, client: Cli
     assert catalog.reason[dark].iloc[0].startswith(f"brightness {value:.2f} < 100")
 
 
+def test_images_of_a_partition_are_dealt_out_evenly(shards: Path, tmp_path: Path, client: Client) -> None:
+    class Counts(ProcessingStage):
+        name = "counts"
+        needs = ("image",)
+        adds = {"beside": "int32"}
+        views = (PixelView(8, 8),)
+
+        def process(self, batch):
+            batch["beside"] = np.full(len(batch), len(batch), np.int32)
+            return batch
+
+    stages = [FilePartitioningStage(str(shards), 4), ImageReaderStage(dali_batch_size=32), Counts()]
+    found = Pipeline(stages).run(str(tmp_path / "OUT"), client=client, device="cpu").catalog.compute()
+    assert found.beside.value_counts().to_dict() == {24: 72}
+
+
 def test_a_stage_that_does_not_set_its_column_is_named(shards: Path, tmp_path: Path, client: Client) -> None:
     class Forgets(ProcessingStage):
         name = "forgets"

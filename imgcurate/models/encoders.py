@@ -176,8 +176,9 @@ class OpenClipEncoder(Encoder):
 
     Notes
     -----
-    Forward passes have a fixed batch size, the last one padded, so that an embedding does not
-    depend on how many images are in the batch.
+    On a GPU, or compiled, forward passes have a fixed batch size, the last one padded, so that an embedding does
+    not depend on how many images are in the batch. On a CPU half a batch and more goes as it is, and fewer images
+    are padded to half a batch: an embedding depends on their number by rounding alone.
     """
 
     def __init__(self, spec: EncoderSpec, backend: Backend) -> None:
@@ -186,6 +187,7 @@ class OpenClipEncoder(Encoder):
         weights = clip_weights.find(spec.model, spec.pretrained, spec.model_dir)
         self.identity = weights.identity
         self._batch_size = backend.batch_size(spec.batch_size)
+        self._is_fixed = backend.is_gpu or spec.compile is True
         precision = _precision(spec.precision, backend)
         self.dtype = getattr(torch, _DTYPES[precision])
         cfg = weights.preprocess
@@ -208,10 +210,11 @@ class OpenClipEncoder(Encoder):
             return torch.cat(chunks) if chunks else torch.empty((0, self.dim), device=pixels.device)
 
     def _encode(self, chunk: torch.Tensor, size: int) -> torch.Tensor:
-        """Encode at most `size` images, as if they were so many."""
+        """Encode at most `size` images; see the notes of the class."""
         n = len(chunk)
-        if n < size:
-            chunk = torch.cat([chunk, chunk.new_zeros((size - n, *chunk.shape[1:]))])
+        least = size if self._is_fixed else size // 2
+        if n < least:
+            chunk = torch.cat([chunk, chunk.new_zeros((least - n, *chunk.shape[1:]))])
         planes = chunk.permute(0, 3, 1, 2).to(torch.float32) * self._scale + self._shift
         features = self._visual(planes.to(self.dtype))
         if isinstance(features, tuple):

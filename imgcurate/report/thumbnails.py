@@ -29,10 +29,7 @@ _QUALITY: Final = 70
 _MAX_PIXELS: Final = 100_000_000
 _BLURRED: Final = 8
 # Of these there is no picture, or none that should be looked for in this process.
-_UNSEEN: Final = (
-    schema.STATUS_TAR_ERROR, schema.STATUS_NO_IMAGE, schema.STATUS_READ_ERROR, schema.STATUS_DECODE_ERROR,
-    schema.STATUS_DECODER_CRASH, schema.STATUS_FAILED, schema.STATUS_TOO_SMALL,
-)  # fmt: skip
+_UNSEEN: Final = schema.UNREADABLE | {schema.STATUS_TOO_SMALL}
 
 
 def thumbnails(

@@ -187,10 +187,12 @@ def read_pixels(
     if len(too_large):
         yield too_large, _refused(nbytes[too_large], reader.max_image_bytes)
         wanted = np.setdiff1d(wanted, too_large)
-    size = backend.batch_size(reader.dali_batch_size)
+    most = backend.batch_size(reader.dali_batch_size)
+    # A GPU takes batches of one size, whatever is in the last one; on a CPU equal ones leave nothing to fill up.
+    size = most if backend.is_gpu else -(-len(wanted) // max(1, -(-len(wanted) // most)))
     threads = reader.num_threads or num_threads
     options: dict[str, Any] = {
-        "batch_size": size,
+        "batch_size": most,
         "num_threads": threads,
         "max_pixels": reader.max_pixels,
         "max_aspect_ratio": reader.max_aspect_ratio,
@@ -200,7 +202,7 @@ def read_pixels(
     }
     borrow = IsolatedDecoder if isolated else borrow_decoder
     with borrow(views, backend, **options) as decoder:
-        chunks = prefetch(_read_chunks(table, wanted, size, storage_options), depth=1)
+        chunks = prefetch(_read_chunks(table, wanted, max(size, 1), storage_options), depth=1)
         yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
 
 
