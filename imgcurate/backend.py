@@ -58,6 +58,7 @@ _GPU_DEVICES: Final = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/d
 DEVICES: Final = ("auto", "cpu", "gpu")
 _INIT_ROWS_PER_CLUSTER: Final = 8
 # torch's allocator on the CPU, cuBLAS and cuDNN have no exception of their own for this.
+_LARGEST_BATCH: Final = 65_536
 _OUT_OF_MEMORY_TEXTS: Final = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 # Tasks of dedup share a GPU by four.
 _RESIDENT_SHARE: Final = 0.15
@@ -435,6 +436,8 @@ def check_batch_size(name: str, value: int | str) -> None:
         raise ConfigError(f"{name}={value!r} should be a whole number, or auto")
     if value < 1:
         raise ConfigError(f"{name}={value} should be >= 1, or auto")
+    if value > _LARGEST_BATCH:
+        raise ConfigError(f"{name}={value} should be at most {_LARGEST_BATCH:,}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -250,7 +250,9 @@ class Manifest:
         manifest = Manifest.load(folder)
         if manifest is not None and manifest.state != "done":
             raise InputError(f"the run in {folder} is not finished: give its command again, and it goes on")
-        if manifest is None or "stages" not in manifest.config:
+        if manifest is not None and "stages" not in manifest.config:
+            raise InputError(f"{folder} holds deduplicated embeddings, and this takes the run of a pipeline")
+        if manifest is None:
             raise InputError(f"{folder} is not the output folder of a finished run")
         return manifest
 

@@ -101,15 +101,22 @@ def open_client(
             else:
                 cluster = _cpu_cluster(n_workers, dashboard_address)
         except (RuntimeError, OSError, TimeoutError) as exc:
-            raise ClusterError(
-                f"the workers of this machine could not be started ({_first_cause(exc)}): one died, or had no memory, "
-                "disk or port; run the same command again"
-            ) from exc
+            raise _not_started(exc) from exc
     with _closing(cluster), _closing(Client(cluster)) as client:
-        client.run(_ignore_interrupts)
+        try:
+            client.run(_ignore_interrupts)
+        except (RuntimeError, OSError, TimeoutError) as exc:
+            raise _not_started(exc) from exc
         if dashboard_address is not None:
             logger.info("the dashboard of this run is %s", client.dashboard_link)
         yield client
+
+
+def _not_started(exc: BaseException) -> ClusterError:
+    return ClusterError(
+        f"the workers of this machine could not be started ({_first_cause(exc)}): one died, or had no memory, "
+        "disk or port; run the same command again"
+    )
 
 
 def _first_cause(exc: BaseException) -> str:

@@ -219,6 +219,8 @@ def dedup(
             scheduler=scheduler, security=security(scheduler, (tls_ca_file, tls_cert, tls_key)),
             device=device, n_workers=workers, overwrite=overwrite, progress=progress,
         )  # fmt: skip
+    if not quiet and not as_json:
+        typer.echo(f"kept.parquet and removed.parquet are in {result.output_dir}", err=True)
     typer.echo(json.dumps(result.as_dict(), indent=1) if as_json else result.accounting())
 
 
@@ -237,7 +239,10 @@ def inspect(
         typer.echo(json.dumps(report.as_dict(), indent=1))
         return
     console = Console()
-    table = Table("shard", *(c for c in ("samples", "with image", "members", "bytes", "problems")))
+    table = Table()
+    table.add_column("shard", overflow="fold")
+    for name in ("samples", "with image", "members", "bytes", "problems"):
+        table.add_column(name)
     for shard in report.shards[:_MAX_SHARD_ROWS]:
         numbers = (f"{n:,}" for n in (shard.samples, shard.ok, shard.members, shard.nbytes))
         table.add_row(

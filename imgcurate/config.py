@@ -44,9 +44,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen: set[str] = set()
+        # Keys that cannot be hashed are refused later; those that are alike look alike.
+        for key in map(repr, keys):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -60,14 +63,17 @@ class _Places:
         The file.
     lines : dict of tuple to int
         By the keys and places that lead to it, the line of a key or of an item of a list, from 1 on.
+    overrides : sequence of str
+        What takes the place of what the file says: ``key.key=value``.
     """
 
     file: str = ""
     lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict)
+    overrides: Sequence[str] = ()
 
     @staticmethod
-    def of(file: str, node: yaml.Node | None) -> _Places:
-        return _Places(file, dict(_lines(node, ())))
+    def of(file: str, node: yaml.Node | None, overrides: Sequence[str]) -> _Places:
+        return _Places(file, dict(_lines(node, ())), tuple(overrides))
 
     def named(self, *keys: str | int) -> str:
         """Return ``FILE, line N`` of the innermost of these keys that stands in the file."""
@@ -78,6 +84,10 @@ class _Places:
 
     def of_stage(self, number: int, problem: str) -> str:
         """Return the place of the parameter of a stage that a message is about, else of the stage."""
+        for text in self.overrides:
+            key = text.partition("=")[0].rpartition(".")[2]
+            if text.startswith("stages.") and re.search(rf"\b{re.escape(key)}\b", problem):
+                return f"--set {text}"
         inside = [keys for keys in self.lines if keys[:2] == ("stages", number) and len(keys) == _DEEPEST_PLACE]
         about = [keys for keys in inside if re.search(rf"\b{re.escape(str(keys[-1]))}\b", problem)]
         return self.named(*(about[0] if about else ("stages", number)))
@@ -189,18 +199,67 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"cannot read {path}: {exc}") from exc
     except (yaml.YAMLError, RecursionError) as exc:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(exc).split())}") from exc
+        raise ConfigError(_unreadable(path, exc)) from exc
     if not isinstance(content, dict):
         raise ConfigError(f"{path} should be a mapping with 'inputs' and 'stages', not {type(content).__name__}")
+    if _contains_itself(content):
+        raise ConfigError(f"{path}: something in it contains itself, by an anchor (&) and an alias (*)")
     for text in overrides:
         _override(content, text)
-    places = _Places.of(str(path), node)
+    places = _Places.of(str(path), node, overrides)
     try:
         config = RunConfig(**content)
     except ValidationError as exc:
         raise ConfigError(_said(exc, content, places)) from exc
     config._places = places
     return config
+
+
+def _contains_itself(content: Any) -> bool:
+    """Return whether a mapping or a list is somewhere within itself; each is looked at once."""
+    inside: set[int] = set()
+    done: set[int] = set()
+    # A thing is met twice: when what is in it comes next, and when all of that is done.
+    todo = [(content, False)]
+    while todo:
+        thing, is_done = todo.pop()
+        if is_done:
+            inside.discard(id(thing))
+            done.add(id(thing))
+        elif id(thing) in inside:
+            return True
+        elif id(thing) not in done and isinstance(thing, (dict, list)):
+            inside.add(id(thing))
+            todo.append((thing, True))
+            todo += [(each, False) for each in (thing.values() if isinstance(thing, dict) else thing)]
+    return False
+
+
+def _unreadable(path: str | Path, exc: Exception) -> str:
+    """Say in words why a file is not YAML: where, what, and what it likely is."""
+    mark = getattr(exc, "problem_mark", None)
+    if not isinstance(exc, yaml.MarkedYAMLError) or mark is None:
+        return f"{path} is not valid YAML: {' '.join(str(exc).split())}"
+    begin = exc.context_mark.line + 1 if exc.context_mark is not None else mark.line + 1
+    problem = " ".join(str(exc.problem).split())
+    cure = next((words for part, words in _CURES.items() if part in problem), "").format(
+        first=begin, last=mark.line + 1
+    )
+    return f"{path}, line {mark.line + 1}: this is not valid YAML: {problem}{f' ({cure})' if cure else ''}"
+
+
+_CURES: Final = {
+    "'\\t'": "a tab: indent with spaces",
+    "mapping values are not allowed": "is the colon missing behind the name of the stage in the line before?",
+    "expected <block end>": (
+        "what belongs together begins in the same column: look at the indentation, and at spaces behind colons, of "
+        "lines {first} to {last}"
+    ),
+    "could not find expected ':'": "is a space missing behind a colon?",
+    "alias": "text that begins with * or & stands in quotes: '*.tar'",
+    "anchor": "text that begins with * or & stands in quotes: '*.tar'",
+    "expected alphabetic or numeric": "text that begins with * or & stands in quotes: '*.tar'",
+}
 
 
 def _said(exc: ValidationError, content: Mapping[str, Any], places: _Places) -> str:
@@ -219,6 +278,8 @@ def _said(exc: ValidationError, content: Mapping[str, Any], places: _Places) -> 
     if error["type"] == "missing":
         example = {"inputs": "shards/*.tar", "stages": "a list of stages"}.get(where, "...")
         return f"{places.file}: the key {where!r} is missing, as in {where}: {example}"
+    if where == "stages" and isinstance(error["input"], dict):
+        return f"{places.named(*place)}: stages should be a list: put '- ' before the name of each stage"
     words = error["msg"].partition(", unable")[0]
     if not words.startswith("Input should be "):
         return f"{places.named(*place)}: {where}: {words}"

@@ -47,7 +47,7 @@ MAX_PIXELS: Final = 178_956_970
 MAX_ASPECT_RATIO: Final = 50.0
 _MAX_GROUP_PIXELS: Final = 100_000_000
 # A JPEG decoded at a part of its size has still at least so many times the pixels a side that a view has.
-_SPARE: Final = 2
+_SPARE: Final = 3
 _DIVISORS: Final = (8, 4, 2)
 
 _MAX_BATCH_RETRIES: Final = 4
@@ -105,7 +105,7 @@ class Decoder:
     facts : sequence of str
         What else to tell of each image; see :data:`imgcurate.facts.FACTS`.
     jpeg_scaling : bool
-        On a CPU, decode large JPEGs at a part of their size, which still has twice the pixels of each view a side.
+        On a CPU, decode large JPEGs at a part of their size, with at least three times the pixels of each view a side.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from imgcurate.errors import ImgcurateError
 from imgcurate.frame import read_group
 from imgcurate.origins import ShardOrigin
 from imgcurate.pipeline import Pipeline
-from imgcurate.stages.base import ProcessingStage
+from imgcurate.stages.base import IMAGE, ProcessingStage
 from imgcurate.stages.executor import Program
 from imgcurate.storage import free_bytes, is_local, local_path
 
@@ -158,6 +158,10 @@ def estimate_run(
         samples * _row_bytes(types, pipeline), input_bytes if plan.writer else None, free_bytes(folder), workers,
         rate, seconds, notes,
     )  # fmt: skip
+    if plan.writer is None:
+        notes.append("no shards are written: the pipeline has no ImageWriterStage")
+    if not any(IMAGE in stage.needs for stage in stages):
+        notes.append("no stage looks at the images: none is decoded, and broken ones are not found")
     if made.too_large:
         notes.append("the output may not fit on its disk, if nearly all is kept")
     return made

@@ -76,7 +76,7 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
     kept = manifest.counts.get(schema.STATUS_OK, 0)
     for name in formats:
         if name not in FORMATS:
-            raise ConfigError(f"format {name!r} is unknown{nearest(name, FORMATS)}")
+            raise ConfigError(f"format {name!r} is unknown{nearest(name, FORMATS)} (kept is Parquet, removed is CSV)")
         if name in ("npy", "clip-retrieval") and schema.EMBEDDING not in catalog.schema.names:
             raise ConfigError(f"{run} has no embeddings, so it cannot be exported as {name}")
     make_folder(output)

@@ -145,7 +145,7 @@ def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
             if len(a) == len(b):
                 i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
                 if isinstance(a[i], dict) and isinstance(b[i], dict):
-                    return difference(a[i], b[i], f"{where}[{i}].")
+                    return difference(a[i], b[i], f"{a[i].get('stage', f'{where}[{i}]')}.")
                 return f"{where}[{i}]: {a[i]} there, {b[i]} asked for"
             return _list_difference(where, a, b)
         return f"{where}: {a} there, {b} asked for"

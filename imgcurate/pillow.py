@@ -12,7 +12,7 @@ import io
 import re
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +28,7 @@ _16_BIT_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 # Orientation is that of EXIF, as in browsers and DALI; Pillow would also take it from these.
 _OTHER_ORIENTATIONS: Final = ("xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1")
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
+_TIFF_SHORT: Final = 3
 _DEEP_PNG: Final = ("RGB;16B", "RGBA;16B")
 # Pillow scales the levels of these to 0..255, and not the level that is transparent.
 _FEW_LEVELS: Final = {"L;2": 85, "L;4": 17}
@@ -122,12 +123,11 @@ def smaller_jpeg(data: bytes, divisor: int) -> tuple[npt.NDArray[np.uint8], tupl
         with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as image:
             size = image.size
             image.draft("RGB", (size[0] // divisor, size[1] // divisor))
-            if image.size != tuple(-(-side // divisor) for side in size) or image.mode not in ("L", "RGB"):
+            orientation = _plain_orientation([data for name, data in image.applist if name == "APP1"])
+            expected = tuple(-(-side // divisor) for side in size)
+            if image.size != expected or image.mode not in ("L", "RGB") or orientation is None:
                 return None
-            _forget_orientations(image)
             image.load()
-            _forget_orientations(image)
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             turned = image.transpose(_METHODS[orientation]) if orientation in _METHODS else image
             pixels = np.asarray(turned if turned.mode == "RGB" else turned.convert("RGB"))
             width, height = size[::-1] if orientation in _ON_THE_SIDE else size
@@ -136,6 +136,25 @@ def smaller_jpeg(data: bytes, divisor: int) -> tuple[npt.NDArray[np.uint8], tupl
             return pixels, (top, left, top + height / divisor, left + width / divisor)
     except Exception:  # noqa: BLE001 - Pillow's plugins raise nearly any type on hostile bytes
         return None
+
+
+def _plain_orientation(segments: Sequence[bytes]) -> int | None:
+    """Return the EXIF orientation of a JPEG, of its APP1 segments; 1 without one, None if decoders may differ on it."""
+    exif = [s[6:] for s in segments if s[:4] == b"Exif"]
+    if not exif:
+        return 1
+    (data, *more), order = exif, {b"II*\0": "<", b"MM\0*": ">"}.get(exif[0][:4])
+    if more or order is None:
+        return None
+    (at,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, at)
+    found = [struct.unpack_from(f"{order}HHIH", data, at + 2 + 12 * i) for i in range(count)]
+    orientations = [entry[1:] for entry in found if entry[0] == ExifTags.Base.Orientation]
+    if not orientations:
+        return 1
+    type_, values, orientation = orientations[0]
+    plain = len(orientations) == 1 and type_ == _TIFF_SHORT and values == 1
+    return orientation if plain else None
 
 
 def reason_of(exc: BaseException, format_: str) -> str:

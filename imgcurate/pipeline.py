@@ -145,8 +145,8 @@ class Pipeline:
             If the given cluster cannot be used: see :mod:`imgcurate.preflight`.
         """
         plan = self.plan()
-        folder = output_dir or (plan.writer.output_dir if plan.writer else None)
-        if folder is None:
+        folder = output_dir if output_dir is not None else plan.writer.output_dir if plan.writer else None
+        if not folder:
             raise ConfigError("no output folder: name it in run(output_dir) or ImageWriterStage(output_dir)")
         folder = str(Path(local_path(folder)).absolute()) if is_local(folder) else folder
         check_count("max_failed", max_failed, 0)

@@ -165,6 +165,11 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
         if schema.EMBEDDING in added and isinstance(stage, ProcessingStage):
             encoder = stage.encoder
         for rule in stage.rules if isinstance(stage, ProcessingStage) else ():
+            if rule.column not in types and rule.column not in _MAKERS and rule.column not in removed:
+                raise ConfigError(
+                    f"stage {stage.name} has a rule on the column {rule.column!r}, which neither it, in 'adds', nor a "
+                    "stage before it gives"
+                )
             if rule.column not in types:
                 raise ConfigError(_missing(stage, rule.column, types, removed))
         gone = {IMAGE: stage.name} if isinstance(stage, DatasetStage) else dict.fromkeys(stage.removes, stage.name)

@@ -55,7 +55,7 @@ from imgcurate.storage import (
     remove_temporary_files,
     remove_tree,
 )
-from imgcurate.success import FileDigest, Success, file_digest
+from imgcurate.success import SUCCESS, FileDigest, Success, file_digest
 from imgcurate.timeline import Timeline
 
 __all__ = ["Run"]
@@ -173,11 +173,22 @@ class Run:
             return None
         if self._retries(manifest):
             return None
+        if lost := self._lost():
+            logger.warning(
+                "of the finished run in %s %d files are gone or cut (%s): it is made whole again",
+                self.folder, len(lost), lost[0],
+            )  # fmt: skip
+            return None
         if exists(checkpoints := Catalog(self.folder, 0).checkpoint_folder):
             # The run was killed when all but this was done.
             with exclusive(self.folder):
                 remove_tree(checkpoints)
         return self._result(manifest)
+
+    def _lost(self) -> list[str]:
+        """Return the files of a run that is done which are not there any more as they were."""
+        success = Success.load(self.folder)
+        return [SUCCESS] if success is None else success.lost(self.folder)
 
     def _retries(self, manifest: Manifest) -> bool:
         """Whether partitions that failed in a run which is done are to be tried again."""
@@ -199,7 +210,10 @@ class Run:
 
     def _execute(self, manifest: Manifest) -> Result:
         catalog = Catalog(self.folder, self.origin.n_parts)
-        if manifest.state == "done" and self._retries(manifest):
+        lost = self._lost() if manifest.state == "done" else []
+        if manifest.state == "done" and (lost or self._retries(manifest)):
+            for name in lost:
+                remove(join_url(self.folder, name))
             manifest.state, manifest.exporting = "growing", False
             manifest.save(self.folder)
             Success.withdraw(self.folder)

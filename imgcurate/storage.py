@@ -164,6 +164,8 @@ def expand_urls(
         patterns = [patterns]
     urls: set[str] = set()
     for pattern in map(_expanduser, patterns):
+        if not pattern.strip():
+            raise InputError("an input has no name: is a variable of the shell not set? '.' is the working folder")
         if is_local(pattern) and os.path.exists(local_path(pattern)):  # noqa: PTH110 - Path.exists raises for long names
             urls.add(str(Path(local_path(pattern)).absolute()))
             continue

@@ -14,10 +14,20 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import IO, Any, Final
 
 from imgcurate.catalog import load_record
-from imgcurate.storage import StorageOptions, atomic_write, join_url, open_source, remove
+from imgcurate.storage import (
+    StorageOptions,
+    atomic_write,
+    is_local,
+    join_url,
+    list_files,
+    local_path,
+    open_source,
+    remove,
+)
 
 __all__ = ["SUCCESS", "FileDigest", "HashingWriter", "Success", "file_digest"]
 
@@ -166,6 +176,19 @@ class Success:
         content: dict[str, Any] = {"format": _FORMAT, **asdict(self)}
         with atomic_write(join_url(folder, SUCCESS), storage_options) as out:
             out.write(json.dumps(content, indent=1).encode())
+
+    def lost(self, folder: str) -> list[str]:
+        """Return which files are gone, or, on this machine, have another size; contents are not looked at."""
+        within: dict[str, list[str]] = {}
+        for name in self.files:
+            within.setdefault(name.rpartition("/")[0], []).append(name)
+        there = {f"{sub}/{n}" if sub else n for sub in within for n in list_files(join_url(folder, sub), "")}
+        lost = [name for name in self.files if name not in there]
+        if is_local(folder):
+            root = Path(local_path(folder))
+            sizes = ((name, digest.nbytes) for name, digest in self.files.items() if name in there)
+            lost += [name for name, nbytes in sizes if (root / name).stat().st_size != nbytes]
+        return lost
 
     @staticmethod
     def load(folder: str, storage_options: StorageOptions | None = None) -> Success | None:

@@ -86,7 +86,10 @@ def test_a_stage_of_ones_own_is_named_by_its_import_path(tmp_path: Path) -> None
             "inputs: x\nstages:\n  - SemanticDedupStage:\n    eps: 0.1",
             r"parameters indented under it, not .*SemanticDedupStage",
         ),
-        ("inputs: x\nstages: [{SemanticDedupStage: {eps: '0.1'}}]", "SemanticDedupStage: eps='0.1' should be in"),
+        (
+            "inputs: x\nstages: [{SemanticDedupStage: {eps: '0.1'}}]",
+            "SemanticDedupStage: eps='0.1' should be a number in",
+        ),
         ("inputs: x\nstages: [FilePartitioningStage]", "what is read is said by 'inputs'"),
         ("inputs: x\ninputs: y\nstages: [ImageReaderStage]", "the key 'inputs' stands twice"),
         ("- a\n- b", "should be a mapping with 'inputs' and 'stages', not list"),
@@ -123,6 +126,25 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
             r"line 4: .*should be a pair, least and largest: \[256, null\] in YAML",
         ),
         (
+            "inputs: x\nstages:\n  - ImageEmbeddingStage\n    model: tiny-image\n",
+            r"line 4: this is not valid YAML: mapping values .* \(is the colon missing behind the name of the stage",
+        ),
+        (
+            "inputs: x\nstages:\n  - SemanticDedupStage:\n      eps: 0.1\n    keep_by: [uid]\n   - ImageWriterStage\n",
+            r"line 6: this is not valid YAML: expected <block end>.*look at the indentation, .* of lines 3 to 6",
+        ),
+        ("inputs: x\nstages:\n\t- A\n", r"line 3: .*a tab: indent with spaces"),
+        ("inputs: *.tar\nstages: [A]\n", r"line 1: .*text that begins with \* or & stands in quotes"),
+        ("inputs: x\nstages:\n  A: {}\n", r"line 2: stages should be a list: put '- ' before the name of each stage"),
+        (
+            "inputs: x\nstages: [SemanticDedupStage: {reference: 3}]\n",
+            "reference=3 should be a sequence of strings",
+        ),
+        ("inputs: x\nstages: [SemanticDedupStage: {eps: '0.05'}]\n", r"eps='0.05' should be a number in \[0, 1\]"),
+        ("inputs: x\nstages: [ImageReaderStage: {jpeg_scaling: 'no'}]\n", "jpeg_scaling='no' should be true or false"),
+        ("inputs: x\nstages: [ImageReaderStage: {dali_batch_size: 99999999999}]\n", "should be at most 65,536"),
+        ("inputs: x\nstages: [A]\nstorage_options: &x {a: *x}\n", "contains itself"),
+        (
             "inputs: x\nstages:\n  - no.such.Stage\n",
             r"line 3: .* there is no module 'no' \(in the installed packages and",
         ),
@@ -131,6 +153,19 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, text)).pipeline()
+
+
+def test_what_set_says_is_not_looked_for_in_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "inputs: x\nstages:\n  - SemanticDedupStage: {eps: 0.05}\n")
+    with pytest.raises(ConfigError, match=r"^--set stages.SemanticDedupStage.esp=1: stages\[0\] .* has no"):
+        load_config(path, ["stages.SemanticDedupStage.esp=1"]).pipeline()
+
+
+def test_many_keys_are_looked_through_quickly(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "inputs: x\nstages: [A]\nstorage_options:\n" + "".join(f"  k{i}: 1\n" for i in range(20_000))
+    )
+    assert len(load_config(path).storage_options) == 20_000
 
 
 def test_storage_options_are_yaml_scalars_and_dots_nest() -> None:

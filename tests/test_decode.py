@@ -94,7 +94,7 @@ def large_jpeg(photo: Image.Image, width: int, height: int, encode, **options) -
     return encode(photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), "JPEG", quality=92, **options)
 
 
-@pytest.mark.parametrize("size", [(1401, 1051), (903, 2002), (3611, 4001)])
+@pytest.mark.parametrize("size", [(1901, 1451), (1403, 2002), (5611, 5701)])
 def test_large_jpegs_decoded_smaller_are_the_same_pictures(size, photos, encode, monkeypatch) -> None:
     from imgcurate import decode
 
@@ -106,7 +106,7 @@ def test_large_jpegs_decoded_smaller_are_the_same_pictures(size, photos, encode,
     expected, got = [torch.cat([w.images[CLIP] for w in parts]).int() for parts in (
         [whole.decode(blobs[i : i + 3]) for i in (0, 3)], [smaller.decode(blobs)]
     )]  # fmt: skip
-    assert asked == [{903: 2, 1051: 2, 3611: 8}[min(size)]] * 4
+    assert asked == [{1403: 2, 1451: 2, 5611: 8}[min(size)]] * 4
     assert torch.equal(got[4], expected[4])
     difference = (got - expected).abs().float()
     assert difference[:4].mean() < 0.5
@@ -120,7 +120,7 @@ def test_large_jpegs_decoded_smaller_are_the_same_pictures(size, photos, encode,
 def test_large_jpegs_decoded_smaller_are_turned(orientation: int, photos, encode) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = large_jpeg(photos[0], 1301, 997, encode, exif=exif)
+    data = large_jpeg(photos[0], 1801, 1397, encode, exif=exif)
     backend = get_backend("cpu")
     whole = Decoder((CLIP,), backend, batch_size=3, num_threads=1, jpeg_scaling=False).decode([data])
     smaller = make_decoder(backend).decode([data])
@@ -128,22 +128,39 @@ def test_large_jpegs_decoded_smaller_are_turned(orientation: int, photos, encode
     assert (smaller.widths[0], smaller.heights[0]) == (whole.widths[0], whole.heights[0])
 
 
+def test_large_jpegs_whose_orientation_is_read_differently_are_decoded_whole(photos, encode) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = large_jpeg(photos[0], 1801, 1397, encode, exif=exif)
+    at = plain.index(b"\x01\x12\x00\x03")
+    odd = [plain[: at + 2] + kind + plain[at + 4 :] for kind in (b"\x00\x01", b"\x00\x04", b"\x00\x09")]
+    odd.append(plain[: at + 4] + b"\0\0\0\0" + plain[at + 8 :])
+    segment = plain[plain.index(b"\xff\xe1") :]
+    segment = segment[: 2 + int.from_bytes(segment[2:4], "big")]
+    odd.append(plain[:2] + segment.replace(b"\x00\x06", b"\x00\x03") + plain[2:])
+    backend = get_backend("cpu")
+    whole = Decoder((CLIP,), backend, batch_size=8, num_threads=1, jpeg_scaling=False).decode(odd)
+    scaled = make_decoder(backend).decode(odd)
+    assert torch.equal(scaled.images[CLIP], whole.images[CLIP])
+    assert scaled.widths.tolist() == whole.widths.tolist()
+
+
 def test_large_jpegs_in_gray_and_broken_ones(photos, encode) -> None:
-    gray = encode(photos[0].convert("L").resize((1000, 1000)), "JPEG")
-    broken = bytearray(large_jpeg(photos[1], 1000, 1000, encode))
+    gray = encode(photos[0].convert("L").resize((1400, 1400)), "JPEG")
+    broken = bytearray(large_jpeg(photos[1], 1400, 1400, encode))
     table = broken.index(b"\xff\xc4") + 5
     broken[table : table + 16] = b"\xff" * 16
     decoder = make_decoder(get_backend("cpu"))
-    decoded = decoder.decode([bytes(broken), gray, large_jpeg(photos[2], 1000, 1000, encode)])
+    decoded = decoder.decode([bytes(broken), gray, large_jpeg(photos[2], 1400, 1400, encode)])
     assert decoded.ok.tolist() == [False, True, True]
     assert decoded.reasons[0] == "damaged JPEG: its compressed pixels are broken"
     assert torch.equal(decoded.images[CLIP][0, ..., 0], decoded.images[CLIP][0, ..., 2])
-    alone = make_decoder(get_backend("cpu")).decode([large_jpeg(photos[2], 1000, 1000, encode)])
+    alone = make_decoder(get_backend("cpu")).decode([large_jpeg(photos[2], 1400, 1400, encode)])
     assert torch.equal(decoded.images[CLIP][1], alone.images[CLIP][0])
 
 
 def test_what_needs_all_pixels_gets_them(photos, encode) -> None:
-    data = large_jpeg(photos[0], 1000, 1000, encode)
+    data = large_jpeg(photos[0], 1400, 1400, encode)
     decoder = Decoder((CLIP,), get_backend("cpu"), batch_size=2, num_threads=1, facts=("pixel_hash",))
     other = Decoder((), get_backend("cpu"), batch_size=2, num_threads=1, facts=("pixel_hash",))
     assert decoder.decode([data]).facts["pixel_hash"] == other.decode([data]).facts["pixel_hash"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from imgcurate import (
 )
 from imgcurate.catalog import Manifest
 from imgcurate.errors import ConfigError, ImgcurateError, InputError
+from imgcurate.verification import verify_run
 
 
 def tiny_pipeline(source, *middle, files_per_partition: int = 1, images_per_tar: int = 25, **reader) -> Pipeline:
@@ -253,6 +255,38 @@ def test_custom_stage_scores_and_drops(shards: Path, tmp_path: Path, client: Cli
     assert catalog.reason[dark].iloc[0].startswith(f"brightness {value:.2f} < 100")
 
 
+@pytest.mark.parametrize("lost", ["_SUCCESS", "shards/00000.tar", "catalog/part-00001.parquet", "dedup", "cut"])
+def test_a_finished_run_that_lost_files_is_made_whole(
+    shards: Path, tmp_path: Path, client: Client, lost: str, caplog
+) -> None:
+    out = tmp_path / "OUT"
+    tiny_pipeline(str(shards), SemanticDedupStage(eps=0.05)).run(str(out), client=client)
+    before = checksums(out)
+    if lost == "dedup":
+        shutil.rmtree(out / "dedup")
+    elif lost == "cut":
+        part = next(iter(sorted((out / "catalog").glob("part-*.parquet"))))
+        part.write_bytes(part.read_bytes()[:300])
+    else:
+        (out / lost).unlink()
+    result = tiny_pipeline(str(shards), SemanticDedupStage(eps=0.05)).run(str(out), client=client)
+    assert "it is made whole again" in caplog.text
+    assert result.kept == 60
+    assert checksums(out) == before
+    assert verify_run(str(out), client=client).ok
+    caplog.clear()
+    tiny_pipeline(str(shards), SemanticDedupStage(eps=0.05)).run(str(out), client=client)
+    assert not caplog.records
+
+
+def test_an_input_or_output_without_a_name_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="an input has no name"):
+        tiny_pipeline("").run("OUT")
+    with pytest.raises(ConfigError, match="no output folder"):
+        tiny_pipeline("x.tar").run("")
+
+
 def test_images_of_a_partition_are_dealt_out_evenly(shards: Path, tmp_path: Path, client: Client) -> None:
     class Counts(ProcessingStage):
         name = "counts"
@@ -279,6 +313,31 @@ def test_a_stage_that_does_not_set_its_column_is_named(shards: Path, tmp_path: P
         def process(self, batch):
             return batch
 
+    class Raises(Forgets):
+        def process(self, batch):
+            raise ZeroDivisionError("none")
+
+    class Deep(Forgets):
+        def process(self, batch):
+            batch["saturation"] = batch.pixels(self.views[0]).float()
+            return batch
+
+    class Nothing(Forgets):
+        def process(self, batch):
+            batch["saturation"] = batch.pixels(self.views[0]).float().mean(dim=(1, 2, 3))
+
+    for kind, words in (
+        (Raises, r"stage Raises: ZeroDivisionError: none \(process\(\), line \d+; in "),
+        (
+            Deep,
+            r"'saturation' is declared as float, one for each sample, and was given values of shape \(\d+, 8",
+        ),
+        (Nothing, "returned None: is 'return batch' missing"),
+    ):
+        with pytest.raises(ImgcurateError, match=words):
+            Pipeline([FilePartitioningStage(str(shards)), ImageReaderStage(), kind()]).run(
+                str(tmp_path / kind.__name__), client=client
+            )
     stages = [FilePartitioningStage(str(shards)), ImageReaderStage(), Forgets(), ImageWriterStage()]
     with pytest.raises(
         ImgcurateError, match="stage forgets declares the column 'saturation' in 'adds', and does not set"

@@ -83,7 +83,9 @@ class DedupConfig:
             raise ConfigError(f"eps_list={self.eps_list!r} and keep_by={self.keep_by!r} should be sequences")
         for eps in (self.eps, *self.eps_list):
             if not _is_number(eps) or not 0 <= eps <= 1:
-                raise ConfigError(f"eps={eps!r} should be in [0, 1]: duplicates have a cosine similarity >= 1 - eps")
+                raise ConfigError(
+                    f"eps={eps!r} should be a number in [0, 1]: duplicates have a cosine similarity >= 1 - eps"
+                )
         if self.mode not in DEDUP_MODES:
             raise ConfigError(f"mode={self.mode!r} is none of {', '.join(DEDUP_MODES)}")
         if self.n_clusters != "auto" and (not _is_whole(self.n_clusters) or self.n_clusters < 1):

@@ -35,6 +35,7 @@ _INK: Final = "#7a7f87"
 _KINDS: Final = [_LEFT, *(c for i, c in enumerate(Category20_20) if i // 2 != 2)]
 _HEIGHT: Final = 220
 _MOST_IN_LEGEND: Final = 12
+_FEW_DECIMALS: Final = 0.1
 _MAP_HEIGHT: Final = 560
 # Bokeh fills in '@name' and escapes it; the picture is ours.
 _MAP_TOOLTIP: Final = """
@@ -67,7 +68,8 @@ def score_chart(score: Score) -> Any:
         chart.add_layout(Span(location=rule.threshold, dimension="height", line_color=_LIMIT, line_width=2))
     chart.y_range.start = 0
     chart.yaxis.formatter = NumeralTickFormatter(format="0,0")
-    chart.xaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
+    small = score.is_log and score.edges[0] < _FEW_DECIMALS
+    chart.xaxis.formatter = PrintfTickFormatter(format="%g") if small else NumeralTickFormatter(format="0,0.[00]")
     _finish(chart)
     return chart
 

@@ -201,7 +201,9 @@ def _score(sample: CatalogSample, column: str, rules: list[Rule], decoded: npt.N
     if not len(there) or (not rules and values[there].min() == values[there].max()):
         return None
     x = values[there]
-    limits = [r.threshold for r in rules]
+    span = float(x.max() - x.min())
+    # A threshold far beyond all values, which drops nothing, would leave no room for them.
+    limits = [r.threshold for r in rules if float(x.min()) - span <= r.threshold <= float(x.max()) + span]
     low = min([float(x.min()), *limits])
     high = max([float(np.quantile(x, _TAIL)), *limits])
     median = float(np.median(x))
@@ -229,8 +231,10 @@ def _along(x: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], limits: Sequ
     spans: list[tuple[str, int, int]] = []
     for limit in sorted(set(limits)):
         at = int(np.searchsorted(x[order], limit))
+        if at == 0:
+            continue
         spans += [(f"just below {limit:g}", at - _EXAMPLES, at), (f"from {limit:g} on", at, at + _EXAMPLES)]
-    if not limits:
+    if not spans:
         middle = n // 2
         spans.append(("in the middle", middle - _EXAMPLES // 2, middle + _EXAMPLES // 2))
     # What is beside a threshold tells most: of few samples the ends get what that leaves.

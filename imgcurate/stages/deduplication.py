@@ -97,9 +97,10 @@ class SemanticDedupStage(DatasetStage):
     name: ClassVar[str] = "SemanticDedupStage"
 
     def __post_init__(self) -> None:
-        for parameter in ("keep_by", "reference"):
-            if isinstance(getattr(self, parameter), str):
-                raise ConfigError(f"{parameter}={getattr(self, parameter)!r} should be a sequence of strings")
+        for parameter, example in (("keep_by", "-width*height"), ("reference", "OLD_OUT")):
+            value = getattr(self, parameter)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
+                raise ConfigError(f"{parameter}={value!r} should be a sequence of strings, such as [{example}]")
         if self.only_reference and not self.reference:
             raise ConfigError("only_reference=True needs a reference: the output folder of a finished run")
         _ = self.config

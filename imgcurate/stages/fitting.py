@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import traceback
+from pathlib import Path
 
 from imgcurate import schema
 from imgcurate.backend import Backend, is_out_of_memory
@@ -109,9 +111,25 @@ def _attempt(stage: ProcessingStage, part: ImageBatch) -> ImageBatch | None:
                 f"stage {stage.name}: out of memory with a single image ({where}): give each worker more memory "
                 "(fewer workers; on a GPU num_gpus_per_worker=1), or use a smaller model or pixel view"
             ) from exc
+        if type(exc) is ConfigError and stage.name not in str(exc):
+            raise ConfigError(f"stage {stage.name}: {exc}") from exc
         if isinstance(exc, ImgcurateError):
             raise
-        raise ImgcurateError(f"stage {stage.name}: {type(exc).__name__}: {exc} ({where})") from exc
+        raise ImgcurateError(f"stage {stage.name}: {type(exc).__name__}: {exc} ({_line(exc)}{where})") from exc
+    if out is None:
+        raise ConfigError(f"stage {stage.name}: process() returned None: is 'return batch' missing at its end?")
     if not isinstance(out, ImageBatch) or len(out) != len(part):
         raise ConfigError(f"stage {stage.name}: process() must return the batch with all its rows")
     return out
+
+
+def _line(exc: BaseException) -> str:
+    """Return where an error was raised: the innermost line that is no library's, nor imgcurate's."""
+    own = str(Path(__file__).parents[1])
+    frames = [f for f in traceback.extract_tb(exc.__traceback__) if "-packages" not in f.filename]
+    theirs = [f for f in frames if not f.filename.startswith((own, "<frozen", sys.prefix, sys.base_prefix))]
+    if not theirs:
+        return ""
+    # Code that came with the task, as from a notebook, has no file here.
+    file = "" if theirs[-1].filename.startswith("<") else f" of {theirs[-1].filename}"
+    return f"{theirs[-1].name}(), line {theirs[-1].lineno}{file}; "

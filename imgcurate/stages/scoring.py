@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import pandas as pd
 
 from imgcurate import schema
@@ -13,8 +15,10 @@ __all__ = ["check_threshold", "encoders_of"]
 
 def check_threshold(stage: str, threshold: float | None) -> None:
     """Raise ConfigError if a threshold is outside [0, 1]."""
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ConfigError(f"stage {stage}: score_threshold={threshold} should be in [0, 1]")
+    if threshold is None:
+        return
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not 0 <= threshold <= 1:
+        raise ConfigError(f"stage {stage}: score_threshold={threshold!r} should be a number in [0, 1]")
 
 
 def encoders_of(batch: ImageBatch) -> list[str]:
