@@ -390,8 +390,8 @@ def test_length_and_type_of_rows_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"eps": 1.5}, r"eps=1.5 should be in \[0, 1\]"),
-        ({"eps": "x"}, "eps='x' should be in"),
+        ({"eps": 1.5}, r"eps=1.5 should be a number in \[0, 1\]"),
+        ({"eps": "x"}, "eps='x' should be a number in"),
         ({"eps_list": 0.1}, "eps_list=0.1 and keep_by"),
         ({"keep_by": "width"}, "keep_by='width' should be sequences"),
         ({"n_clusters": 0}, "n_clusters=0 should be 'auto' or a whole number >= 1"),

@@ -181,7 +181,7 @@ def test_a_run_that_is_stopped_goes_on(run, tmp_path, client) -> None:
         ({"tests.Nothing": {}}, "cannot import tests.Nothing"),
         ({"SemanticDedup": {"eps": 0.1}}, "unknown stage 'SemanticDedup'; did you mean"),
         ({"SemanticDedupStage": {"epps": 0.1}}, "no parameter 'epps'; did you mean"),
-        ({"SemanticDedupStage": {"eps": 3}}, r"eps=3 should be in \[0, 1\]"),
+        ({"SemanticDedupStage": {"eps": 3}}, r"eps=3 should be a number in \[0, 1\]"),
         (
             {"ImageAestheticFilterStage": {"score_threshold": 0.5}},
             "was made without ImageAestheticFilterStage, which looks",
