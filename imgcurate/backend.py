@@ -57,8 +57,8 @@ Floats = npt.NDArray[np.float32]
 _GPU_DEVICES: Final = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/dev/nvgpu")
 DEVICES: Final = ("auto", "cpu", "gpu")
 _INIT_ROWS_PER_CLUSTER: Final = 8
-# torch's allocator on the CPU, cuBLAS and cuDNN have no exception of their own for this.
 _LARGEST_BATCH: Final = 65_536
+# torch's allocator on the CPU, cuBLAS and cuDNN have no exception of their own for this.
 _OUT_OF_MEMORY_TEXTS: Final = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 # Tasks of dedup share a GPU by four.
 _RESIDENT_SHARE: Final = 0.15

@@ -20,7 +20,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -44,12 +44,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        seen: set[str] = set()
-        # Keys that cannot be hashed are refused later; those that are alike look alike.
-        for key in map(repr, keys):
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", node.start_mark)
-            seen.add(key)
+        seen: set[Any] = set()
+        # Keys that cannot be hashed are refused below.
+        for key in keys:
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", node.start_mark
+                    )
+                seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -85,8 +88,9 @@ class _Places:
     def of_stage(self, number: int, problem: str) -> str:
         """Return the place of the parameter of a stage that a message is about, else of the stage."""
         for text in self.overrides:
-            key = text.partition("=")[0].rpartition(".")[2]
-            if text.startswith("stages.") and re.search(rf"\b{re.escape(key)}\b", problem):
+            top, *stage, key = text.partition("=")[0].split(".")
+            is_this = top == "stages" and stage and (stage[0] == str(number) or stage[0] in problem)
+            if is_this and re.search(rf"\b{re.escape(key)}\b", problem):
                 return f"--set {text}"
         inside = [keys for keys in self.lines if keys[:2] == ("stages", number) and len(keys) == _DEEPEST_PLACE]
         about = [keys for keys in inside if re.search(rf"\b{re.escape(str(keys[-1]))}\b", problem)]

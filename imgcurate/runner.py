@@ -187,7 +187,10 @@ class Run:
 
     def _lost(self) -> list[str]:
         """Return the files of a run that is done which are not there any more as they were."""
-        success = Success.load(self.folder)
+        try:
+            success = Success.load(self.folder)
+        except CatalogError:
+            success = None
         return [SUCCESS] if success is None else success.lost(self.folder)
 
     def _retries(self, manifest: Manifest) -> bool:

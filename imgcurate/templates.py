@@ -36,7 +36,7 @@ _USED: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 # Said elsewhere in the file.
 _ELSEWHERE: Final = frozenset({"output_dir"})
-# What an encoder other than CLIP's cannot do, and what no encoder can.
+# Heads of ViT-L/14, and what takes an encoder at all.
 _OF_CLIP: Final = frozenset({"ImageAestheticFilterStage", "ImageNSFWFilterStage"})
 _OF_EMBEDDINGS: Final = frozenset({"ImageEmbeddingStage", "SemanticDedupStage"}) | _OF_CLIP
 # Python's words for what YAML writes in others.

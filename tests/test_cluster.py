@@ -16,6 +16,7 @@ import pytest
 from clusters import Daemons, make_certificates
 from clusters import tls_options as options
 from distributed import Client
+from distributed.comm import CommClosedError
 from typer.testing import CliRunner
 
 from imgcurate.cli import app
@@ -183,3 +184,16 @@ def test_workers_are_known_also_while_the_client_fetches_less(client: Client, mo
     workers = known_workers(client)
     assert len(workers) == 2
     assert all(worker["nthreads"] == 1 for worker in workers.values())
+
+
+def test_a_worker_that_dies_before_the_first_task_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(client: Client, function: Callable[..., None]) -> None:
+        del client, function
+        raise CommClosedError("in <TCP (closed) Scheduler Broadcast>: Stream is closed")
+
+    monkeypatch.setattr(Client, "run", die)
+    with (
+        pytest.raises(ClusterError, match="could not be started .*Stream is closed.*run the same command again"),
+        open_client(device="cpu", n_workers=1, dashboard_address=None),
+    ):
+        pass

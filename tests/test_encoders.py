@@ -258,6 +258,16 @@ def run_download(folder: Path, endpoint: str) -> subprocess.CompletedProcess[str
     )
 
 
+def test_weights_that_were_downloaded_before_are_found_where_the_hub_has_no_address(hub: str, tmp_path: Path) -> None:
+    assert run_download(tmp_path, hub).returncode == 0
+    offline = run_download(tmp_path, "http://hub.invalid")
+    assert offline.returncode == 0, offline.stdout
+    nothing = run_download(tmp_path / "other", "http://hub.invalid")
+    assert nothing.returncode == 3
+    assert "could not be downloaded from the hub (someone/somemodel)" in nothing.stdout
+    assert "Retrying" not in nothing.stderr
+
+
 def test_missing_weights_are_downloaded_once_into_model_dir(hub: str, tmp_path: Path) -> None:
     first = run_download(tmp_path, hub)
     assert first.stdout.strip() == hashlib.sha256(Hub.content).hexdigest(), first.stderr

@@ -32,6 +32,9 @@ from imgcurate.catalog import Manifest
 from imgcurate.errors import ConfigError, ImgcurateError, InputError
 from imgcurate.verification import verify_run
 
+OUTPUT = ["_SUCCESS", "catalog", "dedup", "manifest.json", "pipeline.yaml", "shards"]
+"""What is in the output folder of a run with deduplication, without a report."""
+
 
 def tiny_pipeline(source, *middle, files_per_partition: int = 1, images_per_tar: int = 25, **reader) -> Pipeline:
     return Pipeline(
@@ -115,14 +118,7 @@ def test_output_shards_have_sidecars_in_the_same_order(curated) -> None:
 
 def test_output_folder_is_as_documented(curated) -> None:
     out = Path(curated.output_dir)
-    assert sorted(p.name for p in out.iterdir()) == [
-        "_SUCCESS",
-        "catalog",
-        "dedup",
-        "manifest.json",
-        "pipeline.yaml",
-        "shards",
-    ]
+    assert sorted(p.name for p in out.iterdir()) == OUTPUT
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["state"] == "done"
     assert manifest["counts"] == {"duplicate": 12, "ok": 60}
@@ -255,7 +251,9 @@ def test_custom_stage_scores_and_drops(shards: Path, tmp_path: Path, client: Cli
     assert catalog.reason[dark].iloc[0].startswith(f"brightness {value:.2f} < 100")
 
 
-@pytest.mark.parametrize("lost", ["_SUCCESS", "shards/00000.tar", "catalog/part-00001.parquet", "dedup", "cut"])
+@pytest.mark.parametrize(
+    "lost", ["_SUCCESS", "shards/00000.tar", "catalog/part-00001.parquet", "dedup", "part", "mark"]
+)
 def test_a_finished_run_that_lost_files_is_made_whole(
     shards: Path, tmp_path: Path, client: Client, lost: str, caplog
 ) -> None:
@@ -264,7 +262,9 @@ def test_a_finished_run_that_lost_files_is_made_whole(
     before = checksums(out)
     if lost == "dedup":
         shutil.rmtree(out / "dedup")
-    elif lost == "cut":
+    elif lost == "mark":
+        (out / "_SUCCESS").write_bytes((out / "_SUCCESS").read_bytes()[:100])
+    elif lost == "part":
         part = next(iter(sorted((out / "catalog").glob("part-*.parquet"))))
         part.write_bytes(part.read_bytes()[:300])
     else:

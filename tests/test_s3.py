@@ -14,7 +14,7 @@ import fsspec
 import pytest
 from distributed import Client
 from servers import Answer, Proxy, Server
-from test_pipeline import Flaky, checksums, tiny_pipeline
+from test_pipeline import OUTPUT, Flaky, checksums, tiny_pipeline
 
 from imgcurate import SemanticDedupStage, cli, filesystems, remote, storage
 from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, InputError
@@ -203,14 +203,7 @@ def test_the_output_may_lie_in_a_bucket(
     result = run.run(f"{bucket}/OUT", client=client)
     s3.fault_rate = 0.0
     assert result.counts == from_disk.counts
-    assert storage.list_files(f"{bucket}/OUT", "") == [
-        "_SUCCESS",
-        "catalog",
-        "dedup",
-        "manifest.json",
-        "pipeline.yaml",
-        "shards",
-    ]
+    assert storage.list_files(f"{bucket}/OUT", "") == OUTPUT
     for path in sorted((Path(from_disk.output_dir) / "shards").glob("*.tar")):
         assert storage.read_bytes(f"{bucket}/OUT/shards/{path.name}") == path.read_bytes()
     assert len(result.catalog) == 72

@@ -217,7 +217,12 @@ def _download_from_hub(place: str, folder: Path) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, names = _hub_names(place)
-    _look_up_hub()
+    try:
+        _look_up_hub()
+    except OSError:
+        if (there := _in_hub_cache(place, folder)) is not None:
+            return there
+        raise
     for name in names:
         try:
             with _without_retry_lines():

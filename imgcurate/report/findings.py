@@ -202,7 +202,7 @@ def _score(sample: CatalogSample, column: str, rules: list[Rule], decoded: npt.N
         return None
     x = values[there]
     span = float(x.max() - x.min())
-    # A threshold far beyond all values, which drops nothing, would leave no room for them.
+    # A threshold far beyond all values would leave no room for them; it stands in the heading.
     limits = [r.threshold for r in rules if float(x.min()) - span <= r.threshold <= float(x.max()) + span]
     low = min([float(x.min()), *limits])
     high = max([float(np.quantile(x, _TAIL)), *limits])
