@@ -112,14 +112,14 @@ class Plain:
 
     def __init__(self, model: str, backend: Backend, size: int) -> None:
         ours = OpenClipEncoder(EncoderSpec(model, "random", batch_size=size), backend)
-        self._dtype, self._scale, self._shift, self._size = ours.dtype, ours._scale, ours._shift, size
+        self._dtype, self._planes, self._size = ours.dtype, ours.planes, size
         tower = clip_weights.load(clip_weights.find(model, "random")).visual
         self._visual = tower.to(device=backend.torch_device, dtype=self._dtype).eval()
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         chunks = pixels.split(self._size)
-        planes = ((c.permute(0, 3, 1, 2).float() * self._scale + self._shift).to(self._dtype) for c in chunks)
+        planes = (self._planes(c).to(self._dtype) for c in chunks)
         return torch.cat([F.normalize(self._visual(p).float(), dim=1) for p in planes])
 
 

@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 _GIB: Final = 1024**3
 _MEMORY_PER_WORKER_BYTES: Final = 4 * _GIB
 _LOOPBACK: Final = "127.0.0.1"
-# Dask's own setting makes glibc give each array back to the system at once, and fetch it again page by page.
-_MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": 32 * 1024**2, "MALLOC_TRIM_THRESHOLD_": 128 * 1024**2}
 _CONNECT_S: Final = 15.0
 _MOST_THREADS_PER_GPU: Final = 8
 
@@ -338,12 +336,10 @@ def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalC
 def _worker_environment() -> Any:
     """Make the workers that are started in this context, also later ones in their place, log as this process does.
 
-    Dask sets up its logging when it is imported, and glibc its memory when a process starts, so the variables
-    have to be there before a worker's Python is.
+    Dask sets up its logging when it is imported, so the variable has to be there before a worker's Python is.
     """
     key, level = "distributed.nanny.pre-spawn-environ", dask.config.get("logging.distributed", None)
     more: dict[str, Any] = {"DASK_LOGGING__DISTRIBUTED": level} if isinstance(level, str) else {}
-    more |= _MALLOC
     return dask.config.set({key: {**dask.config.get(key, {}), **more}})
 
 

@@ -23,7 +23,7 @@ from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from imgcurate.backend import is_out_of_memory, lazy_frame
+from imgcurate.backend import is_out_of_memory, keep_freed_memory, lazy_frame
 from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, PartitionsError, printable
 from imgcurate.filesystems import StorageError
 from imgcurate.liveness import NO_WORKER_ERRORS, Liveness
@@ -206,6 +206,7 @@ def _bundle_frame(function: Callable[[int], dict[str, Any]], bundles: list[list[
 
 def _run_bundle(numbers: Sequence[int], function: Callable[[int], dict[str, Any]], once: str) -> pd.DataFrame:
     del once
+    keep_freed_memory()
     return pd.concat([result_frame(number, function(number)) for number in numbers])
 
 

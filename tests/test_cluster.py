@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import shutil
 import socket
@@ -197,3 +199,41 @@ def test_a_worker_that_dies_before_the_first_task_is_told_in_a_line(monkeypatch:
         open_client(device="cpu", n_workers=1, dashboard_address=None),
     ):
         pass
+
+
+ARRAYS = """
+import resource, sys
+import numpy as np
+from imgcurate.backend import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        np.ones(2**20, np.float32)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+@pytest.mark.parametrize(
+    ("environment", "is_kept"),
+    [
+        ({"MALLOC_TRIM_THRESHOLD_": "65536"}, True),
+        ({"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "131072"}, False),
+    ],
+)
+def test_workers_do_not_fetch_memory_page_by_page(environment: dict[str, str], is_kept: bool) -> None:
+    names = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", ARRAYS], env={**names, **environment}, capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    # 50 arrays of 1,024 pages each.
+    assert before > 25_000
+    assert (after < 2_000) == is_kept

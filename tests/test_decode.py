@@ -251,7 +251,7 @@ def test_golden_pixels_pass_through_unchanged(data_dir, encode) -> None:
     encoder = OpenClipEncoder(EncoderSpec("ViT-B-32", "random", batch_size=8, precision="fp32"), get_backend("cpu"))
     ours = make_decoder(get_backend("cpu")).decode([encode(p, "PNG") for p in pixels]).images[CLIP]
     assert np.abs(ours.numpy().astype(int) - pixels).max() == 0
-    normalised = ours.permute(0, 3, 1, 2).float() * encoder._scale + encoder._shift
+    normalised = encoder.planes(ours)
     assert np.abs(normalised.numpy() - golden).max() < 1e-5
     with torch.inference_mode():
         theirs = torch.nn.functional.normalize(encoder._visual(torch.from_numpy(golden)), dim=1)

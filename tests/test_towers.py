@@ -54,6 +54,31 @@ def test_prepared_towers_compute_the_same(changes: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU that multiplies bfloat16")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"quick_gelu": True}, {"pool_type": "avg"}, {"layers": 1}, {"attentional_pool": True, "attn_pooler_heads": 2}],
+)
+def test_packed_towers_are_as_near_as_open_clips_own(changes: dict[str, Any]) -> None:
+    exact, theirs = tower(**changes), tower(**changes).bfloat16()
+    ours = prepare(tower(**changes), dtype=torch.bfloat16)
+    assert isinstance(ours.transformer.resblocks[0], towers._PackedBlock)
+    x = images(40)
+    truth = exact(x)
+    error, usual = (tower_(x.bfloat16()).float().sub(truth).norm(dim=1) for tower_ in (ours, theirs))
+    assert (error < 0.05 * truth.norm(dim=1)).all()
+    assert error.mean() < 1.25 * usual.mean()
+
+
+@torch.inference_mode()
+def test_scales_between_layers_and_sums_are_not_left_out() -> None:
+    exact = tower(ls_init_value=0.1)
+    ours = prepare(tower(ls_init_value=0.1), dtype=torch.bfloat16)
+    assert not isinstance(ours.transformer.resblocks[0], towers._PackedBlock)
+    assert torch.nn.functional.cosine_similarity(ours(images().bfloat16()).float(), exact(images())).min() > 0.999
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("changes", [{"timm_model_name": "resnet18", "timm_pool": "avg"}, {"layers": [1, 1, 1, 1]}])
 def test_other_towers_stay_what_they_are(changes: dict[str, Any]) -> None:
     theirs = tower(**changes)
@@ -81,7 +106,7 @@ def test_float8_layers_are_near_the_exact_ones() -> None:
 @torch.inference_mode()
 def test_float8_towers_are_near_the_exact_ones() -> None:
     exact = tower(layers=12).bfloat16()
-    ours = prepare(copy.deepcopy(exact), float8=True)
+    ours = prepare(tower(layers=12), dtype=torch.bfloat16, float8=True)
     kinds = [type(module) for module in ours.modules()]
     assert Float8Linear in kinds
     x = images().bfloat16()

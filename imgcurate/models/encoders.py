@@ -196,11 +196,12 @@ class OpenClipEncoder(Encoder):
         model = clip_weights.load(weights)
         self.dim = clip_weights.embed_dim(spec.model)
         # The text tower is not needed; dropping it frees its memory.
-        visual = model.visual.to(device=backend.torch_device, dtype=self.dtype).eval()
-        self._visual = towers.prepare(visual, float8=precision == "fp8", compiled=spec.compile)
+        self._visual = towers.prepare(
+            model.visual.eval(), backend.torch_device, self.dtype, float8=precision == "fp8", compiled=spec.compile
+        )
         # While torch compiles in one thread, no other may call what is compiled.
         self._turn = _compiling if backend.is_gpu or spec.compile is True else contextlib.nullcontext()
-        self._scale, self._shift = _normalisation(cfg["mean"], cfg["std"], backend.torch_device)
+        self._scale, self._shift = _normalisation(cfg["mean"], cfg["std"], width, backend.torch_device)
 
     def __call__(self, pixels: torch.Tensor, *, at_most: int | None = None) -> torch.Tensor:
         """Encode images; see :class:`Encoder`."""
@@ -215,11 +216,17 @@ class OpenClipEncoder(Encoder):
         least = size if self._is_fixed else size // 2
         if n < least:
             chunk = torch.cat([chunk, chunk.new_zeros((least - n, *chunk.shape[1:]))])
-        planes = chunk.permute(0, 3, 1, 2).to(torch.float32) * self._scale + self._shift
-        features = self._visual(planes.to(self.dtype))
+        features = self._visual(self.planes(chunk).to(self.dtype))
         if isinstance(features, tuple):
             features = features[0]
         return torch.nn.functional.normalize(features.float(), dim=-1)[:n]
+
+    def planes(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return what the model is given for pixels: float32 of shape (n, 3, height, width), normalised."""
+        n, height, width, colours = pixels.shape
+        # Whole rows at a time: three colours alone are too few for vector instructions.
+        rows = pixels.reshape(n, height, width * colours).to(torch.float32)
+        return rows.mul_(self._scale).add_(self._shift).view(n, height, width, colours).permute(0, 3, 1, 2)
 
 
 _load_lock = threading.Lock()
@@ -272,7 +279,7 @@ def _why_not_float8(backend: Backend) -> str | None:
     return f"it needs a GPU of compute capability 8.9 or more, and this one has {'.'.join(map(str, capability))}"
 
 
-def _normalisation(mean: Any, std: Any, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    mean_ = torch.tensor(mean, dtype=torch.float64).reshape(1, 3, 1, 1)
-    std_ = torch.tensor(std, dtype=torch.float64).reshape(1, 3, 1, 1)
+def _normalisation(mean: Any, std: Any, width: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the values of a row of pixels, colour by colour, are multiplied by, and what is added then."""
+    mean_, std_ = (torch.tensor(each, dtype=torch.float64).repeat(width) for each in (mean, std))
     return (1 / (255 * std_)).float().to(device), (-mean_ / std_).float().to(device)

@@ -4,7 +4,8 @@ open_clip's block calls ``nn.MultiheadAttention``, which checks much and whose p
 of. :func:`prepare` puts blocks in its place that compute the same: four linear layers, and
 ``scaled_dot_product_attention`` between the first and the second. They are compiled once for all layers, and their
 linear layers can multiply 8-bit floats. The last block computes the first token alone where no other is looked at, and
-the patches become tokens by a matrix product, which is faster than a convolution.
+the patches become tokens by a matrix product, which is faster than a convolution. On a CPU that multiplies bfloat16 the
+weights lie as oneDNN wants them, and a layer whose output is added to something adds it itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 import torch
@@ -30,6 +32,8 @@ _E4M3_MAX: Final = 448.0
 _ALIGNED: Final = 16
 _MOST_COMPILED: Final = 64
 _STEPS_OF_SCALE: Final = 8
+# QuickGELU is x * sigmoid(1.702 x).
+_QUICK: Final = 1.702
 # So many blocks at the beginning, and what follows attention, lose most to 8-bit floats for the time they save.
 _EXACT_BLOCKS: Final = 2
 
@@ -92,15 +96,38 @@ def _nearest_float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best, scale
 
 
+class _PackedLinear(nn.Module):
+    """A linear layer of bfloat16 on a CPU, whose weights lie as oneDNN multiplies them.
+
+    ``F.linear`` lays the weights out anew in each call, and copies the bias to the output first.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        # Not a buffer: such a tensor can neither be copied nor converted.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return out
+
+    def onto(self, term: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `term` and the layer's output."""
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, term, self.weight, self.bias, "add")
+        return out
+
+
 class _Block(nn.Module):
     """What open_clip's ``ResidualAttentionBlock`` computes, for images.
 
     The sum with what the last layer gives is left to the next block, whose normalisation reads both anyway.
     """
 
-    def __init__(self, block: Any, *, float8: bool = False, first_only: bool = False) -> None:
+    def __init__(
+        self, block: Any, linear: Callable[[nn.Linear], nn.Module] = lambda same: same, *, first_only: bool = False
+    ) -> None:
         super().__init__()
-        linear = Float8Linear if float8 else _same
         attention = block.attn
         self.heads = attention.num_heads
         self.first_only = first_only
@@ -131,10 +158,25 @@ class _Block(nn.Module):
         return mixed.transpose(1, 2).reshape(n, -1, width)
 
 
+class _PackedBlock(_Block):
+    """A block on a CPU, whose sums are made by the layer that gives one of their terms."""
+
+    def __init__(self, block: Any, *, first_only: bool = False) -> None:
+        super().__init__(block, _PackedLinear, first_only=first_only)
+        self.out: _PackedLinear = _PackedLinear(block.attn.out_proj)
+        self.contract: _PackedLinear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return the tokens after the block for those before it."""
+        mixed = self._attend(self.ln_1(x))
+        x = self.out.onto(x[:, :1] if self.first_only else x, mixed)
+        return self.contract.onto(x, self.activation(self.expand(self.ln_2(x))))
+
+
 class _Blocks(nn.Module):
     """All blocks, in the place of open_clip's ``Transformer``."""
 
-    def __init__(self, blocks: list[_Block]) -> None:
+    def __init__(self, blocks: Sequence[_Block]) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(blocks)
 
@@ -144,6 +186,13 @@ class _Blocks(nn.Module):
         for block in self.resblocks:
             x, y = block(x, y)
         return x + y
+
+
+class _PackedBlocks(_Blocks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.resblocks:
+            x = block(x)
+        return x
 
 
 class _Patches(nn.Module):
@@ -177,18 +226,25 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return layer
 
 
-def _same(linear: nn.Linear) -> nn.Module:
-    return linear
-
-
-def prepare(visual: Any, *, float8: bool = False, compiled: bool | Literal["auto"] = "auto") -> Any:
+def prepare(
+    visual: Any,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    float8: bool = False,
+    compiled: bool | Literal["auto"] = "auto",
+) -> Any:
     """Return an image tower with faster layers; what is given is not to be used any more.
 
     Parameters
     ----------
     visual : nn.Module
-        An image tower of open_clip, on its device, in its type. Of one that has not open_clip's own blocks only the
-        layout in memory is another then.
+        An image tower of open_clip, of float32. Of one that has not open_clip's own blocks only the layout in memory is
+        another then.
+    device : str
+        Where it is to run, as torch calls it.
+    dtype : torch.dtype
+        Type of the weights in the tower that is returned.
     float8 : bool
         Multiply 8-bit floats in the three large layers of all blocks but the first two; the tower has to be bfloat16.
     compiled : bool or "auto"
@@ -200,33 +256,70 @@ def prepare(visual: Any, *, float8: bool = False, compiled: bool | Literal["auto
     ConfigError
         If `float8` is asked for and the tower is of another kind.
     """
-    on_gpu = next(visual.parameters()).is_cuda
     if not _is_known(visual):
         if float8:
             raise ConfigError(
                 f"precision='fp8' needs an image tower of open_clip's own transformer blocks, which this "
                 f"{type(visual).__name__} has not: use bf16"
             )
-        visual = visual.to(memory_format=torch.channels_last)
+        visual = visual.to(device=device, dtype=dtype, memory_format=torch.channels_last)
         if compiled is True:
             visual.compile(dynamic=False)
         return visual
-    old = list(visual.transformer.resblocks)
-    first_only = visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
-    blocks = [
-        _Block(b, float8=float8 and i >= _EXACT_BLOCKS, first_only=first_only and b is old[-1])
-        for i, b in enumerate(old)
-    ]
-    visual.transformer = _Blocks(blocks)
-    visual.conv1 = _Patches(visual.conv1)
+    for block in visual.transformer.resblocks:
+        _simplify(block.mlp)
+    visual = visual.to(device=device, dtype=dtype)
+    on_gpu = torch.device(device).type == "cuda"
+    blocks = _blocks(visual, float8=float8, packed=not (on_gpu or float8 or compiled is True) and _can_pack(visual))
+    visual.transformer, visual.conv1 = blocks, _Patches(visual.conv1)
     if compiled == "auto" and on_gpu and (reason := _why_not_compiled()):
         logger.warning("the model is not compiled, and slower than it could be: %s", reason)
     elif compiled is True or (compiled == "auto" and on_gpu):
         # Each model and each size of batches is one more.
         torch._dynamo.config.recompile_limit = _MOST_COMPILED
-        for module in (*blocks, visual.conv1):
+        for module in (*blocks.resblocks, visual.conv1):
             module.compile(dynamic=False)
     return visual
+
+
+def _simplify(mlp: Any) -> None:
+    """Turn QuickGELU, three passes over memory unless it is compiled, into a SiLU of larger inputs: one pass.
+
+    The factor goes into the layer before and its inverse into the one after, which are not rounded yet.
+    """
+    from open_clip.transformer import QuickGELU
+
+    if type(mlp.gelu) is QuickGELU:
+        mlp.gelu = nn.SiLU(inplace=True)
+        with torch.no_grad():
+            for parameter in mlp.c_fc.parameters():
+                parameter.mul_(_QUICK)
+            mlp.c_proj.weight.div_(_QUICK)
+
+
+def _blocks(visual: Any, *, float8: bool, packed: bool) -> _Blocks:
+    old = visual.transformer.resblocks
+    first_only = visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
+    firsts = [first_only and block is old[-1] for block in old]
+    if packed:
+        return _PackedBlocks([_PackedBlock(b, first_only=first) for b, first in zip(old, firsts, strict=True)])
+    linears = [Float8Linear if float8 and i >= _EXACT_BLOCKS else _same for i in range(len(old))]
+    return _Blocks([_Block(b, layer, first_only=f) for b, layer, f in zip(old, linears, firsts, strict=True)])
+
+
+def _same(linear: nn.Linear) -> nn.Module:
+    return linear
+
+
+def _can_pack(visual: Any) -> bool:
+    """Return whether oneDNN multiplies bfloat16 here, and nothing stands between the layers and the sums."""
+    return (
+        next(visual.parameters()).dtype is torch.bfloat16
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and all(type(scale) is nn.Identity for b in visual.transformer.resblocks for scale in (b.ls_1, b.ls_2))
+    )
 
 
 def _is_known(visual: Any) -> bool:

@@ -17,7 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcurate import schema
-from imgcurate.backend import Backend, array_from_list_column, cpu_count, get_backend, list_array
+from imgcurate.backend import (
+    Backend,
+    array_from_list_column,
+    cpu_count,
+    get_backend,
+    keep_freed_memory,
+    list_array,
+)
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError
 from imgcurate.lazy import torch
@@ -274,6 +281,7 @@ def _prepared(program: Program) -> _Prepared:
     """Return the program's stages, set up once in this process, with what is known of the batches that fit."""
     with _lock:
         if program.token not in _programs:
+            keep_freed_memory()
             # What decodes nothing has no use for torch, which takes seconds to import.
             threads = min(torch.get_num_threads(), cpu_count()) if program.reader is not None else cpu_count()
             worker = Worker(get_backend(program.device), num_threads=threads)
