@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import math
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ TINY_IMAGE: Final = "tiny-image"
 PRECISIONS: Final = ("auto", "fp32", "bf16", "fp16", "fp8")
 # Ada and Hopper were the first of NVIDIA's to multiply 8-bit floats.
 _FLOAT8_CAPABILITY: Final = (8, 9)
+# glibc maps blocks of 32 MiB for themselves at the latest; see imgcurate.backend.keep_freed_memory.
+_LARGEST_KEPT: Final = 31 * 1024**2
 _DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 
 
@@ -178,7 +181,8 @@ class OpenClipEncoder(Encoder):
     -----
     On a GPU, or compiled, forward passes have a fixed batch size, the last one padded, so that an embedding does
     not depend on how many images are in the batch. On a CPU half a batch and more goes as it is, and fewer images
-    are padded to half a batch: an embedding depends on their number by rounding alone.
+    are padded to half a batch: an embedding depends on their number by rounding alone. What makes arrays of 32 MiB and
+    more goes in several parts, since such arrays are fetched from the system page by page.
     """
 
     def __init__(self, spec: EncoderSpec, backend: Backend) -> None:
@@ -199,15 +203,20 @@ class OpenClipEncoder(Encoder):
         self._visual = towers.prepare(
             model.visual.eval(), backend.torch_device, self.dtype, float8=precision == "fp8", compiled=spec.compile
         )
+        if not self._is_fixed:
+            nbytes = max(3 * height * width * 4, towers.most_values(self._visual) * self.dtype.itemsize)
+            self._batch_size = min(self._batch_size, max(1, _LARGEST_KEPT // nbytes))
         # While torch compiles in one thread, no other may call what is compiled.
         self._turn = _compiling if backend.is_gpu or spec.compile is True else contextlib.nullcontext()
         self._scale, self._shift = _normalisation(cfg["mean"], cfg["std"], width, backend.torch_device)
 
     def __call__(self, pixels: torch.Tensor, *, at_most: int | None = None) -> torch.Tensor:
         """Encode images; see :class:`Encoder`."""
-        size = min(self._batch_size, at_most or self._batch_size)
+        size = step = min(self._batch_size, at_most or self._batch_size)
+        if not self._is_fixed and len(pixels) > size:
+            step = math.ceil(len(pixels) / math.ceil(len(pixels) / size))
         with torch.inference_mode(), self._turn:
-            chunks = [self._encode(pixels[start : start + size], size) for start in range(0, len(pixels), size)]
+            chunks = [self._encode(pixels[start : start + step], size) for start in range(0, len(pixels), step)]
             return torch.cat(chunks) if chunks else torch.empty((0, self.dim), device=pixels.device)
 
     def _encode(self, chunk: torch.Tensor, size: int) -> torch.Tensor:

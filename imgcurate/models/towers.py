@@ -23,7 +23,7 @@ from torch import nn
 
 from imgcurate.errors import ConfigError
 
-__all__ = ["Float8Linear", "prepare"]
+__all__ = ["Float8Linear", "most_values", "prepare"]
 
 logger = logging.getLogger(__name__)
 _E4M3: Final = torch.float8_e4m3fn
@@ -131,6 +131,7 @@ class _Block(nn.Module):
         attention = block.attn
         self.heads = attention.num_heads
         self.first_only = first_only
+        self.hidden = block.mlp.c_fc.out_features
         self.ln_1, self.ln_2, self.ls_1, self.ls_2 = block.ln_1, block.ln_2, block.ls_1, block.ls_2
         self.qkv = linear(_linear(attention.in_proj_weight, attention.in_proj_bias))
         self.out = attention.out_proj
@@ -320,6 +321,15 @@ def _can_pack(visual: Any) -> bool:
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and all(type(scale) is nn.Identity for b in visual.transformer.resblocks for scale in (b.ls_1, b.ls_2))
     )
+
+
+def most_values(visual: Any) -> int:
+    """Return how many values an image has where a tower of :func:`prepare` makes most of it; 0 if that is not known."""
+    blocks = getattr(visual, "transformer", None)
+    if not isinstance(blocks, _Blocks):
+        return 0
+    tokens, width = visual.positional_embedding.shape
+    return int(tokens * max(3 * width, blocks.resblocks[0].hidden))
 
 
 def _is_known(visual: Any) -> bool:
