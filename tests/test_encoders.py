@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from imgcurate.backend import get_backend
 from imgcurate.errors import ConfigError, WeightsError
-from imgcurate.models import clip_weights
+from imgcurate.models import clip_weights, encoders
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder, TinyImageEncoder, load_encoder
 
 CPU = get_backend("cpu")
@@ -80,6 +80,20 @@ def test_embeddings_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(together, apart, atol=2e-6, rtol=0)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(9))
     assert encoder(images[:0]).shape == (0, encoder.dim)
+
+
+def test_batches_of_large_arrays_go_in_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = OpenClipEncoder(EncoderSpec(MODEL, "random", precision="fp32"), CPU)
+    # Eight images of 224 x 224 as planes of float32.
+    monkeypatch.setattr(encoders, "_LARGEST_KEPT", 8 * 3 * 224 * 224 * 4)
+    parted = OpenClipEncoder(EncoderSpec(MODEL, "random", precision="fp32"), CPU)
+    seen: list[int] = []
+    parted._visual.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    images = pixels(20)
+    torch.testing.assert_close(parted(images), whole(images), atol=1e-6, rtol=1e-5)
+    assert seen == [7, 7, 6]
+    assert parted(images, at_most=5).shape == (20, parted.dim)
+    assert seen[3:] == [5, 5, 5, 5]
 
 
 def test_random_weights_are_the_same_every_time() -> None:
@@ -241,7 +255,7 @@ import sys
 import open_clip.pretrained as registry
 registry.get_pretrained_cfg = lambda model, tag: {{"hf_hub": "someone/somemodel/"}} if tag == "mytag" else {{}}
 from imgcurate.errors import WeightsError
-from imgcurate.models import clip_weights
+from imgcurate.models import clip_weights, encoders
 try:
     found = clip_weights.find({MODEL!r}, "mytag", sys.argv[1])
 except WeightsError as exc:
