@@ -37,6 +37,8 @@ from imgcurate.models.encoders import EncoderSpec, load_encoder
 CLAIM = 1.5
 OURS = "imgcurate"
 DRIVERS = Path(__file__).parent / "peers"
+# As it is before Dask sets threads and memory for its workers.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 
 class Driver:
@@ -114,9 +116,8 @@ def drivers(args: object, model: str, size: int, cores: int, dtype: str) -> Iter
 @contextlib.contextmanager
 def started(command: Sequence[str]) -> Iterator[Driver]:
     """Start a driver, and wait until it is ready; it ends with this context."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as process:
         try:
             yield Driver(process)

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import logging
+import os
 import signal
 import ssl
 import sys
@@ -333,14 +334,23 @@ def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalC
     )
 
 
-def _worker_environment() -> Any:
+@contextlib.contextmanager
+def _worker_environment() -> Iterator[None]:
     """Make the workers that are started in this context, also later ones in their place, log as this process does.
 
-    Dask sets up its logging when it is imported, so the variable has to be there before a worker's Python is.
+    Dask sets up its logging when it is imported, so the variable has to be there before a worker's Python is. What it
+    sets in this process, to hand it on, would change the memory and threads of all that is started from here later.
     """
     key, level = "distributed.nanny.pre-spawn-environ", dask.config.get("logging.distributed", None)
     more: dict[str, Any] = {"DASK_LOGGING__DISTRIBUTED": level} if isinstance(level, str) else {}
-    return dask.config.set({key: {**dask.config.get(key, {}), **more}})
+    before = dict(os.environ)
+    try:
+        with dask.config.set({key: {**dask.config.get(key, {}), **more}}):
+            yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _cuda_cluster(n_workers: int | None, tasks_per_gpu: int, dashboard_address: str | None) -> Any:

@@ -201,6 +201,15 @@ def test_a_worker_that_dies_before_the_first_task_is_told_in_a_line(monkeypatch:
         pass
 
 
+def test_a_cluster_leaves_the_environment_of_this_process_alone() -> None:
+    before = dict(os.environ)
+    with open_client(device="cpu", n_workers=1, dashboard_address=None) as client:
+        assert dict(os.environ) == before
+        # The workers have what Dask sets for them.
+        assert set(client.run(os.getenv, "OMP_NUM_THREADS").values()) <= {"1", str(os.cpu_count())}
+    assert dict(os.environ) == before
+
+
 ARRAYS = """
 import resource, sys
 import numpy as np
