@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from imgcurate.backend import Backend, check_batch_size
+from imgcurate.backend import MAPPED_BYTES, Backend, check_batch_size
 from imgcurate.batches import PixelView
 from imgcurate.errors import ConfigError, DeviceError
 from imgcurate.lazy import torch
@@ -35,8 +35,8 @@ TINY_IMAGE: Final = "tiny-image"
 PRECISIONS: Final = ("auto", "fp32", "bf16", "fp16", "fp8")
 # Ada and Hopper were the first of NVIDIA's to multiply 8-bit floats.
 _FLOAT8_CAPABILITY: Final = (8, 9)
-# glibc maps blocks of 32 MiB for themselves at the latest; see imgcurate.backend.keep_freed_memory.
-_LARGEST_KEPT: Final = 31 * 1024**2
+# What an allocator adds to an array is less than a page.
+_LARGEST_KEPT: Final = MAPPED_BYTES - 4096
 _DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 
 

@@ -124,9 +124,7 @@ class _Block(nn.Module):
     The sum with what the last layer gives is left to the next block, whose normalisation reads both anyway.
     """
 
-    def __init__(
-        self, block: Any, linear: Callable[[nn.Linear], nn.Module] = lambda same: same, *, first_only: bool = False
-    ) -> None:
+    def __init__(self, block: Any, linear: Callable[[nn.Linear], nn.Module], *, first_only: bool) -> None:
         super().__init__()
         attention = block.attn
         self.heads = attention.num_heads
@@ -162,7 +160,7 @@ class _Block(nn.Module):
 class _PackedBlock(_Block):
     """A block on a CPU, whose sums are made by the layer that gives one of their terms."""
 
-    def __init__(self, block: Any, *, first_only: bool = False) -> None:
+    def __init__(self, block: Any, *, first_only: bool) -> None:
         super().__init__(block, _PackedLinear, first_only=first_only)
         self.out: _PackedLinear = _PackedLinear(block.attn.out_proj)
         self.contract: _PackedLinear
