@@ -1,10 +1,11 @@
-"""What quarantine costs: imgcurate's decoder against a bare DALI pipeline with the same operators.
+"""What quarantine costs: imgcurate's decoder against a bare DALI pipeline that makes the same view.
 
 The bare pipeline takes JPEGs that are known to be good and gives the pixels of a 224 x 224 view, batch
 after batch, as a loop on DALI would be written by hand: it looks at nothing and stops at the first broken
 image. The decoder looks at each header, checks limits, keeps what is broken out and tells why. Both are
 given the same good images; the case "1% broken" has broken ones between them: cut off, not an image,
-of no bytes, and some that only DALI finds out about while it decodes.
+of no bytes, and some that only DALI finds out about while it decodes. On a CPU, where the decoder leaves
+resizing to torch, the bare pipeline does too, and one that resizes with DALI is measured beside it.
 
     python benchmarks/bench_decode.py --photos DIR --json decode.json
     python benchmarks/bench_decode.py            # JPEGs of 640 x 480 pixels, made here
@@ -29,7 +30,8 @@ from PIL import Image, ImageFilter
 
 from imgcurate.backend import Backend, get_backend
 from imgcurate.batches import PixelView
-from imgcurate.decode import Decoder, view_operators
+from imgcurate.decode import Decoder
+from imgcurate.resize import make_views, view_operators
 
 VIEW = PixelView(224, 224)
 CLAIM_CLEAN, CLAIM_BROKEN = 0.95, 0.8
@@ -51,13 +53,16 @@ def main() -> int:
         clean = enlarged(clean, args.megapixels)
     broken = with_broken(clean, 1 if args.smoke else max(1, n // 100))
     decoder = Decoder((VIEW,), backend, batch_size=args.batch_size, num_threads=args.threads)
-    bare = BareDali(backend, args.batch_size, args.threads)
+    bare = BareDali(backend, args.batch_size, args.threads, resizes=backend.is_gpu)
     expected = {"images": n, "values": n * VIEW.height * VIEW.width * 3}
     cases = [
         Case("bare DALI", lambda: bare.decode(clean), count, expected),
         Case("decoder, clean", lambda: decode(decoder, clean), count, expected, min_ratio=CLAIM_CLEAN),
         Case("decoder, 1% broken", lambda: decode(decoder, broken), count, expected, min_ratio=CLAIM_BROKEN),
     ]
+    if not backend.is_gpu:
+        alone = BareDali(backend, args.batch_size, args.threads, resizes=True)
+        cases.append(Case("bare DALI that resizes", lambda: alone.decode(clean), count, expected))
     if args.megapixels:
         whole = Decoder((VIEW,), backend, batch_size=args.batch_size, num_threads=args.threads, jpeg_scaling=False)
         cases.append(Case("decoder, full size", lambda: decode(whole, clean), count, expected))
@@ -73,16 +78,17 @@ def main() -> int:
 class BareDali:
     """The decoder's graph, and nothing around it."""
 
-    def __init__(self, backend: Backend, batch_size: int, threads: int) -> None:
+    def __init__(self, backend: Backend, batch_size: int, threads: int, *, resizes: bool) -> None:
         from nvidia.dali import Pipeline, fn, types
 
-        self._batch_size = batch_size
+        self._batch_size, self._threads, self._resizes = batch_size, threads, resizes
         self._graph = Pipeline(batch_size, threads, backend.dali_device_id, prefetch_queue_depth=1, exec_dynamic=True)
         with self._graph:
             source = fn.external_source(name="source", device="cpu")
             image = fn.decoders.image(source, output_type=types.RGB, **backend.dali_decoder)
-            size = fn.cast(image.shape(device="cpu"), dtype=types.FLOAT)
-            self._graph.set_outputs(view_operators(image, VIEW, size))
+            if resizes:
+                image = view_operators(image, VIEW, fn.cast(image.shape(device="cpu"), dtype=types.FLOAT))
+            self._graph.set_outputs(image)
         self._graph.build()
 
     def decode(self, blobs: Sequence[bytes]) -> list[list[int]]:
@@ -91,7 +97,11 @@ class BareDali:
         for start in range(0, len(blobs), self._batch_size):
             batch = [np.frombuffer(b, np.uint8) for b in blobs[start : start + self._batch_size]]
             (pixels,) = self._graph.run(source=batch)
-            shapes.append(list(pixels.as_tensor().shape()))
+            if self._resizes:
+                shapes.append(list(pixels.as_tensor().shape()))
+            else:
+                images = [np.asarray(image) for image in pixels]
+                shapes.append(list(make_views(images, [VIEW], num_threads=self._threads)[0].shape))
         return shapes
 
 

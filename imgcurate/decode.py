@@ -12,7 +12,7 @@ The pixel rule, the same on every device:
 - The first frame of an animation, the first page of a TIFF, the largest picture of an ICO.
 
 DALI takes the formats that it decodes by this rule, :mod:`imgcurate.pillow` the others one by one,
-and both end in the same resize operators. On a CPU, JPEGs that are far larger than all that is made of
+and :mod:`imgcurate.resize` makes the views of both. On a CPU, JPEGs that are far larger than all that is made of
 them are decoded at a half, a quarter or an eighth of their size, from the low frequencies alone.
 """
 
@@ -38,8 +38,9 @@ from imgcurate.facts import BYTE_FACTS, FACTS, HASH_BYTES, pixels_hash
 from imgcurate.lazy import torch
 from imgcurate.pillow import UndecodableError, decode_with_pillow, smaller_jpeg
 from imgcurate.probe import Probe, probe
+from imgcurate.resize import Box, make_views, view_operators
 
-__all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder", "view_operators"]
+__all__ = ["MAX_PIXELS", "Decoded", "Decoder", "borrow_decoder"]
 
 MAX_PIXELS: Final = 178_956_970
 """Default limit of width x height, that of Pillow: 512 MiB of RGB."""
@@ -178,7 +179,7 @@ class Decoder:
         for i in sorted(by_pillow):
             try:
                 pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
-                images, sizes = self._run_pixels([pixels])
+                images, sizes = self._run_pixels(pixels)
             except (UndecodableError, RuntimeError) as exc:
                 reasons[i], statuses[i] = _reason(exc), _status(exc)
                 continue
@@ -209,10 +210,12 @@ class Decoder:
             areas[i] = pixels.shape[0] * pixels.shape[1]
         parts = []
         for group in _groups(list(decoded), areas):
-            divided = np.array([divisors[i] for i in group])
-            boxes = np.array([decoded[i][1] for i in group], np.float32)
-            images, sizes = self._run_pixels([decoded[i][0] for i in group], boxes, divided)
-            parts.append((group, images, sizes))
+            boxes = [decoded[i][1] for i in group]
+            sizes = [
+                (round((bottom - top) * divisors[i]), round((right - left) * divisors[i]))
+                for i, (top, left, bottom, right) in zip(group, boxes, strict=True)
+            ]
+            parts.append((group, *self._views_of([decoded[i][0] for i in group], sizes, boxes)))
         return parts
 
     def _decode_with_dali(
@@ -228,7 +231,7 @@ class Decoder:
             if not todo:
                 return []
             try:
-                images, sizes = self._run(self._from_bytes, [np.frombuffer(blobs[i], np.uint8) for i in todo])
+                images, sizes = self._run_bytes([blobs[i] for i in todo])
             except RuntimeError as exc:
                 named = {int(m) for m in _BAD_SAMPLE.findall(str(exc))}
                 bad = {todo[k] for k in named if k < len(todo)}
@@ -241,37 +244,48 @@ class Decoder:
         parts = []
         for i in todo:
             try:
-                images, sizes = self._run(self._from_bytes, [np.frombuffer(blobs[i], np.uint8)])
+                images, sizes = self._run_bytes([blobs[i]])
             except RuntimeError:
                 rejected.append(i)
                 continue
             parts.append(([i], images, sizes))
         return parts
 
-    def _run_pixels(
-        self, pixels: list[npt.NDArray[np.uint8]], boxes: npt.NDArray[np.float32] | None = None, divided: Any = 1
-    ) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
-        """Make the views of decoded images, or of boxes in them where they were decoded smaller."""
+    def _run_bytes(self, blobs: Sequence[bytes]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
+        """Return the views of images that DALI decodes, one by one row, and their sizes of shape (n, 2)."""
+        outputs = self._from_bytes.run(source=[np.frombuffer(blob, np.uint8) for blob in blobs])
+        if len(outputs[0]) != len(blobs):
+            raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(blobs)}: this is a bug")
+        if self.backend.is_gpu:
+            return self._on_gpu(outputs)
+        # DALI's own memory, which the next batch takes.
+        return self._views_of([np.asarray(pixels) for pixels in outputs[0]])
+
+    def _run_pixels(self, pixels: npt.NDArray[np.uint8]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
+        """Return the views of an image that is decoded, and its size."""
+        if not self.backend.is_gpu:
+            return self._views_of([pixels])
         if self._from_pixels is None:
             self._from_pixels = self._build(decode=False)
-        if boxes is None:
-            boxes = np.array([(0, 0, *p.shape[:2]) for p in pixels], np.float32)
-        sizes = (boxes[:, 2:] - boxes[:, :2]) * np.reshape(divided, (-1, 1)).astype(np.float32)
-        return self._run(self._from_pixels, pixels, size=list(np.rint(sizes)), box=list(boxes))
+        return self._on_gpu(self._from_pixels.run(source=[pixels]))
 
-    def _run(
-        self, graph: Any, inputs: list[Any], **more: list[Any]
+    def _views_of(
+        self,
+        pixels: Sequence[npt.NDArray[np.uint8]],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        boxes: Sequence[Box] | None = None,
     ) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
-        outputs = graph.run(source=inputs, **more)
-        if len(outputs[0]) != len(inputs):
-            raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(inputs)}: this is a bug")
+        images = make_views(pixels, self.views, sizes=sizes, boxes=boxes, num_threads=self._num_threads)
+        if schema.PIXEL_HASH in self.facts:
+            images.append(_hashes(pixels))
+        return images, np.array([p.shape[:2] for p in pixels] if sizes is None else sizes, np.int64)
+
+    def _on_gpu(self, outputs: Sequence[Any]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
         n_views = len(self.views)
         images = self.backend.tensors(outputs[:n_views], self._stream)
         shapes, *full = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in outputs[n_views:])
         if full:
-            # Hashes take the way of a further view: a row of bytes for each image.
-            rows = [pixels_hash(np.asarray(full[0].at(i))) for i in range(len(inputs))]
-            images.append(torch.from_numpy(np.stack(rows)))
+            images.append(_hashes([np.asarray(pixels) for pixels in full[0]]))
         return images, np.asarray(shapes.as_array(), dtype=np.int64)[:, :2]
 
     def _assemble(
@@ -318,56 +332,27 @@ class Decoder:
             exec_dynamic=True,
         )
         with graph:
-            source = fn.external_source(name="source", device="cpu", layout=None if decode else "HWC")
+            image = fn.external_source(name="source", device="cpu", layout=None if decode else "HWC")
             if decode:
-                image = fn.decoders.image(source, output_type=types.RGB, **self.backend.dali_decoder)
-                size, region = image.shape(device="cpu"), {}
-            else:
-                image = source.gpu() if self.backend.is_gpu else source
-                size, box = (fn.external_source(name=name, device="cpu") for name in ("size", "box"))
-                region = {"roi_start": box[:2], "roi_end": box[2:]}
-            floats = fn.cast(size, dtype=types.FLOAT)
-            outputs = [view_operators(image, view, floats, **region) for view in self.views]
-            outputs.append(fn.cast(size, dtype=types.INT64))
-            graph.set_outputs(*outputs, *([image] if schema.PIXEL_HASH in self.facts else []))
+                image = fn.decoders.image(image, output_type=types.RGB, **self.backend.dali_decoder)
+            elif self.backend.is_gpu:
+                image = image.gpu()
+            graph.set_outputs(*(self._operators(image) if self.backend.is_gpu else [image]))
         graph.build()
         return graph
 
+    def _operators(self, image: Any) -> list[Any]:
+        """Add what makes the views of decoded images to a graph; return its outputs: views, sizes, maybe all pixels."""
+        from nvidia.dali import fn, types
 
-def view_operators(image: Any, view: PixelView, size: Any, **region: Any) -> Any:
-    """Add the operators that make a view of decoded images to the DALI graph that is being defined.
-
-    `size` holds height and width of the whole images as floats on the CPU, also where they were decoded smaller;
-    `region` are the arguments by which ``fn.resize`` finds them in their pixels then.
-    """
-    from nvidia.dali import fn, math, types
-
-    interpolation = {
-        "bicubic": types.INTERP_CUBIC,
-        "bilinear": types.INTERP_TRIANGULAR,
-        "lanczos": types.INTERP_LANCZOS3,
-    }[view.interpolation]
-    options = {"interp_type": interpolation, "antialias": True, **region}
-    shape = [view.height, view.width]
-    if view.resize == "squash":
-        return fn.resize(image, size=shape, mode="stretch", **options)
-    if view.resize == "longest":
-        resized = fn.resize(image, size=shape, mode="not_larger", **options)
-        return fn.crop(resized, crop=shape, out_of_bounds_policy="pad", fill_values=[float(view.fill)])
-    # Sizes and offsets are rounded as torchvision does it: the longer side down, the offset of the
-    # middle half to even. DALI's own rounding is one pixel off for one image in four.
-    rows, columns = size[0], size[1]
-    scale = math.max(view.height / rows, view.width / columns)
-    scaled = [math.floor(side * scale + 1e-3) for side in (rows, columns)]
-    resized = fn.resize(image, size=fn.stack(*scaled), mode="stretch", **options)
-    start = [_half_to_even(math, side - length) for side, length in zip(scaled, shape, strict=True)]
-    return fn.slice(resized, start=fn.cast(fn.stack(*start), dtype=types.INT32), shape=shape, axis_names="HW")
+        size = image.shape(device="cpu")
+        views = [view_operators(image, view, fn.cast(size, dtype=types.FLOAT)) for view in self.views]
+        return [*views, fn.cast(size, dtype=types.INT64), *([image] if schema.PIXEL_HASH in self.facts else [])]
 
 
-def _half_to_even(math: Any, doubled: Any) -> Any:
-    """Return ``round(doubled / 2)`` for whole numbers, halves to even, in DALI arithmetic."""
-    odd = doubled - 2 * math.floor(doubled / 2)
-    return (1 - odd) * doubled / 2 + odd * 2 * math.floor((doubled + 1) / 4)
+def _hashes(images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    """Return hashes of all pixels as rows of bytes, which take the way of a further view."""
+    return torch.from_numpy(np.stack([pixels_hash(pixels) for pixels in images]))
 
 
 def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64]) -> Iterator[list[int]]:
