@@ -16,7 +16,7 @@ Only this module and :mod:`imgcurate.cluster` import cudf, cupy, cuml or dask_cu
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import functools
 import gc
 import importlib
@@ -24,7 +24,7 @@ import importlib.util
 import numbers
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -38,17 +38,15 @@ import pyarrow as pa
 from imgcurate import schema
 from imgcurate.errors import ConfigError, DeviceError
 from imgcurate.lazy import torch
+from imgcurate.memory import Holder
 
 __all__ = [
     "DEVICES",
-    "MAPPED_BYTES",
     "Backend",
     "array_from_list_column",
     "check_batch_size",
     "cpu_count",
     "get_backend",
-    "is_out_of_memory",
-    "keep_freed_memory",
     "lazy_frame",
     "list_array",
     "spread_rows",
@@ -61,11 +59,6 @@ _GPU_DEVICES: Final = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/d
 DEVICES: Final = ("auto", "cpu", "gpu")
 _INIT_ROWS_PER_CLUSTER: Final = 8
 _LARGEST_BATCH: Final = 65_536
-# glibc's mallopt: the least block that is mapped for itself, and how much may lie free at the end of a heap, in bytes.
-MAPPED_BYTES: Final = 32 * 1024**2
-_MALLOPT: Final = {-3: MAPPED_BYTES, -1: 4 * MAPPED_BYTES}
-# torch's allocator on the CPU, cuBLAS and cuDNN have no exception of their own for this.
-_OUT_OF_MEMORY_TEXTS: Final = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 # Tasks of dedup share a GPU by four.
 _RESIDENT_SHARE: Final = 0.15
 _CARRIED_ROWS: Final = 262_144
@@ -119,20 +112,28 @@ class Backend:
         """Return a new CUDA stream; None on the CPU."""
         return torch.cuda.Stream() if self.is_gpu else None  # type: ignore[no-untyped-call]
 
-    def tensors(self, outputs: Sequence[Any], stream: Any) -> list[torch.Tensor]:
-        """Return outputs of DALI as tensors on the device, ready for any thread.
-
-        On the CPU a tensor keeps DALI's memory alive. On a GPU DALI uses it again, so the tensors are copies. They are
-        made on `stream`, as on that of the stages they would wait for all that is computed there, and Python with them.
-        """
-        if not self.is_gpu:
-            return [torch.utils.dlpack.from_dlpack(out.as_tensor()) for out in outputs]
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        """Let torch work on a stream in this context, and wait for it at the end; nothing on the CPU."""
+        if stream is None:
+            yield
+            return
         with torch.cuda.stream(stream):
-            copies = [torch.utils.dlpack.from_dlpack(out.as_tensor()).clone() for out in outputs]
+            yield
         stream.synchronize()
-        for tensor in copies:
-            tensor.record_stream(torch.cuda.default_stream())
-        return copies
+
+    def copies(self, outputs: Sequence[Any], stream: Any) -> list[torch.Tensor]:
+        """Return outputs of DALI on a GPU as tensors whose memory is not DALI's, ready for any thread.
+
+        They are made on `stream`: on that of the stages they would wait for all that is computed there, and Python
+        with them. Who works on them on another stream has to keep them until that is done: see :meth:`holder`.
+        """
+        with self.on(stream):
+            return [torch.utils.dlpack.from_dlpack(out.as_tensor()).clone() for out in outputs]
+
+    def holder(self) -> Holder:
+        """Return what keeps the memory of batches while the device works on them."""
+        return Holder(on_gpu=self.is_gpu)
 
     def to_host(self, array: Any) -> npt.NDArray[Any]:
         """Return `array` (NumPy, CuPy or torch) as a NumPy array on the host."""
@@ -202,11 +203,13 @@ class Backend:
         return self.frame_from_arrow(schema_.empty_table()) if self.is_gpu else meta
 
     def free_memory(self) -> None:
-        """Give back what nobody uses any more: objects in cycles, and the blocks that torch and CuPy keep."""
+        """Give back what nobody uses any more: objects in cycles, and the blocks that torch, CuPy and DALI keep."""
         gc.collect()
         if self.is_gpu:
             torch.cuda.empty_cache()
             self.xp.get_default_memory_pool().free_all_blocks()
+            if (dali := sys.modules.get("nvidia.dali.backend")) is not None:
+                dali.ReleaseUnusedMemory()
 
     def fit_kmeans(
         self,
@@ -315,7 +318,9 @@ def spread_rows(rows: Any, n: int, random_state: int) -> Any:
         # Nothing here waits for the device.
         sums = xp.cumsum(nearest)
         at = xp.minimum(xp.searchsorted(sums, draws[i + 1] * sums[-1], side="right"), len(rows) - 1)
-    return xp.unique(rows[picked], axis=0)
+    chosen = rows[picked]
+    # CuPy sorts rows by comparing two at a time from Python.
+    return xp.asarray(np.unique(chosen if xp is np else chosen.get(), axis=0))
 
 
 def lazy_frame(
@@ -444,33 +449,6 @@ def check_batch_size(name: str, value: int | str) -> None:
         raise ConfigError(f"{name}={value} should be >= 1, or auto")
     if value > _LARGEST_BATCH:
         raise ConfigError(f"{name}={value} should be at most {_LARGEST_BATCH:,}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or what it was raised from, says that memory ran out; of any library."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(cause).__mro__):
-            return True
-        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in _OUT_OF_MEMORY_TEXTS):
-            return True
-        cause = cause.__cause__
-    return False
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let a Dask worker keep the memory of arrays that it has freed for those to come, if glibc gives it.
-
-    Dask starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``, and any such setting makes glibc give each array of more
-    than 128 KiB back to the system at once: the next one is fetched page by page, and a run with an encoder on a
-    CPU takes half as long again. Does nothing where that is not set, and nothing where ``MALLOC_MMAP_THRESHOLD_`` is.
-    """
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ or os.name != "posix":
-        return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for parameter, value in _MALLOPT.items():
-            mallopt(parameter, value)
 
 
 def cpu_count() -> int:

@@ -117,6 +117,10 @@ class ImageBatch:
             )
         return self._images[view]
 
+    def all_pixels(self) -> list[torch.Tensor]:
+        """Return the pixels of all views."""
+        return list(self._images.values())
+
     def remove_pixels(self) -> None:
         """Free all pixels; later stages of this batch see columns alone."""
         self._images.clear()

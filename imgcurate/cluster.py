@@ -42,6 +42,8 @@ _CONNECT_S: Final = 15.0
 _USUAL_INTERVALS: Final = {"distributed.worker.profile.interval": "10ms", "distributed.admin.tick.interval": "20ms"}
 _RARER: Final = "100ms"
 _MOST_THREADS_PER_GPU: Final = 8
+_MOST_DECODING_THREADS: Final = 16
+_WORKERS_ENVIRONMENT: Final = "distributed.nanny.pre-spawn-environ"
 
 
 @contextlib.contextmanager
@@ -104,6 +106,9 @@ def open_client(
                 cluster = _cpu_cluster(n_workers, dashboard_address)
         except (RuntimeError, OSError, TimeoutError) as exc:
             raise _not_started(exc) from exc
+        except ValueError as exc:
+            # Of dask-cuda, that there are fewer GPUs.
+            raise ConfigError(f"n_workers={n_workers}: {exc}") from exc
     with _closing(cluster), _closing(Client(cluster)) as client:
         try:
             client.run(_ignore_interrupts)
@@ -345,12 +350,13 @@ def _worker_environment() -> Iterator[None]:
     sets in this process, to hand it on, would change the memory and threads of all that is started from here later.
     Workers look at themselves less often than Dask would have them, unless the user has named another time.
     """
-    key, level = "distributed.nanny.pre-spawn-environ", dask.config.get("logging.distributed", None)
+    level = dask.config.get("logging.distributed", None)
     more: dict[str, Any] = {"DASK_LOGGING__DISTRIBUTED": level} if isinstance(level, str) else {}
     before = dict(os.environ)
     try:
         rarer = {name: _RARER for name, usual in _USUAL_INTERVALS.items() if dask.config.get(name, usual) == usual}
-        with dask.config.set({key: {**dask.config.get(key, {}), **more}, **rarer}):
+        environment = {**dask.config.get(_WORKERS_ENVIRONMENT, {}), **more}
+        with dask.config.set({_WORKERS_ENVIRONMENT: environment, **rarer}):
             yield
     finally:
         for name in os.environ.keys() - before.keys():
@@ -361,15 +367,29 @@ def _worker_environment() -> Iterator[None]:
 def _cuda_cluster(n_workers: int | None, tasks_per_gpu: int, dashboard_address: str | None) -> Any:
     dask_cuda = importlib.import_module("dask_cuda")
     cores_per_gpu = cpu_count() // (n_workers or torch.cuda.device_count())
-    return dask_cuda.LocalCUDACluster(
-        n_workers=n_workers,
-        # Those that have no share of the GPU read, hash and write files.
-        threads_per_worker=max(tasks_per_gpu, min(_MOST_THREADS_PER_GPU, cores_per_gpu)),
-        host=_LOOPBACK,
-        dashboard_address=dashboard_address,
-        # DALI has a pool of its own, so RMM starts with less than half of the memory.
-        rmm_pool_size=0.4,
-        rmm_allocator_external_lib_list=["torch", "cupy"],
-        enable_cudf_spill=True,
-        resources={"GPU": 1},
-    )
+    # Those of torch and DALI. Dask sets one, and workers count theirs by this.
+    threads = {"OMP_NUM_THREADS": max(1, min(_MOST_DECODING_THREADS, cores_per_gpu // tasks_per_gpu))}
+    with dask.config.set({_WORKERS_ENVIRONMENT: {**dask.config.get(_WORKERS_ENVIRONMENT, {}), **threads}}):
+        return dask_cuda.LocalCUDACluster(
+            n_workers=n_workers,
+            # Those that have no share of the GPU read, hash and write files.
+            threads_per_worker=max(tasks_per_gpu, min(_MOST_THREADS_PER_GPU, cores_per_gpu)),
+            host=_LOOPBACK,
+            dashboard_address=dashboard_address,
+            **_rmm_options(os.environ.get("CUDA_VISIBLE_DEVICES", "")),
+            enable_cudf_spill=True,
+            resources={"GPU": 1},
+        )
+
+
+def _rmm_options(devices: str) -> dict[str, Any]:
+    """Return how much memory of a GPU of `devices`, as ``CUDA_VISIBLE_DEVICES`` has them, RMM gives to cudf and CuPy.
+
+    torch and DALI have pools of their own: RMM's allocator for torch does not know on which streams a tensor is used.
+    """
+    # dask-cuda takes a share of the first whole GPU, and not of the part that is seen.
+    shares = {"rmm_pool_size": 0.1, "rmm_maximum_pool_size": 0.6}
+    return {
+        **({"rmm_pool_size": "1GiB"} if devices.startswith("MIG-") else shares),
+        "rmm_allocator_external_lib_list": ["cupy"],
+    }

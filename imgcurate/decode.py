@@ -36,6 +36,7 @@ from imgcurate.batches import PixelView
 from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.facts import BYTE_FACTS, FACTS, HASH_BYTES, pixels_hash
 from imgcurate.lazy import torch
+from imgcurate.memory import is_device_error, is_out_of_memory
 from imgcurate.pillow import UndecodableError, decode_with_pillow, smaller_jpeg
 from imgcurate.probe import Probe, probe
 from imgcurate.resize import Box, make_views, view_operators
@@ -46,7 +47,8 @@ MAX_PIXELS: Final = 178_956_970
 """Default limit of width x height, that of Pillow: 512 MiB of RGB."""
 
 MAX_ASPECT_RATIO: Final = 50.0
-_MAX_GROUP_PIXELS: Final = 100_000_000
+# Pixels that DALI holds at once: 300 MB and 1.5 GB. Of a GPU it is to be rare that a batch is parted.
+_MAX_GROUP_PIXELS: Final = {"cpu": 100_000_000, "gpu": 500_000_000}
 # A JPEG decoded at a part of its size has still at least so many times the pixels a side that a view has.
 _SPARE: Final = 3
 _DIVISORS: Final = (8, 4, 2)
@@ -174,13 +176,14 @@ class Decoder:
             else:
                 (by_dali if found.route == "dali" else by_pillow).append(i)
         parts = self._decode_smaller(blobs, smaller, by_dali)
-        for group in _groups(by_dali, widths.astype(np.int64) * heights):
+        for group in _groups(by_dali, widths.astype(np.int64) * heights, _MAX_GROUP_PIXELS[self.backend.name]):
             parts += self._decode_with_dali(blobs, group, by_pillow)
         for i in sorted(by_pillow):
             try:
                 pixels = decode_with_pillow(blobs[i], max_pixels=self.max_pixels)
                 images, sizes = self._run_pixels(pixels)
             except (UndecodableError, RuntimeError) as exc:
+                self._raise_if_of_the_device(exc)
                 reasons[i], statuses[i] = _reason(exc), _status(exc)
                 continue
             parts.append(([i], images, sizes))
@@ -209,7 +212,7 @@ class Decoder:
         for i, (pixels, _) in decoded.items():
             areas[i] = pixels.shape[0] * pixels.shape[1]
         parts = []
-        for group in _groups(list(decoded), areas):
+        for group in _groups(list(decoded), areas, _MAX_GROUP_PIXELS[self.backend.name]):
             boxes = [decoded[i][1] for i in group]
             sizes = [
                 (round((bottom - top) * divisors[i]), round((right - left) * divisors[i]))
@@ -233,6 +236,7 @@ class Decoder:
             try:
                 images, sizes = self._run_bytes([blobs[i] for i in todo])
             except RuntimeError as exc:
+                self._raise_if_of_the_device(exc)
                 named = {int(m) for m in _BAD_SAMPLE.findall(str(exc))}
                 bad = {todo[k] for k in named if k < len(todo)}
                 if not bad:
@@ -245,11 +249,18 @@ class Decoder:
         for i in todo:
             try:
                 images, sizes = self._run_bytes([blobs[i]])
-            except RuntimeError:
+            except RuntimeError as exc:
+                self._raise_if_of_the_device(exc)
                 rejected.append(i)
                 continue
             parts.append(([i], images, sizes))
         return parts
+
+    def _raise_if_of_the_device(self, error: Exception) -> None:
+        """Raise an error that says nothing of the images: they would be called broken, one by one."""
+        if is_device_error(error) or (self.backend.is_gpu and is_out_of_memory(error)):
+            self.backend.free_memory()
+            raise ImgcurateError(f"the GPU cannot decode any more: {str(error).splitlines()[0]}") from error
 
     def _run_bytes(self, blobs: Sequence[bytes]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
         """Return the views of images that DALI decodes, one by one row, and their sizes of shape (n, 2)."""
@@ -282,7 +293,7 @@ class Decoder:
 
     def _on_gpu(self, outputs: Sequence[Any]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
         n_views = len(self.views)
-        images = self.backend.tensors(outputs[:n_views], self._stream)
+        images = self.backend.copies(outputs[:n_views], self._stream)
         shapes, *full = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in outputs[n_views:])
         if full:
             images.append(_hashes([np.asarray(pixels) for pixels in full[0]]))
@@ -310,9 +321,12 @@ class Decoder:
             if len(parts) == 1:
                 return parts[0][1][v]
             stacked = torch.cat([images_[v] for _, images_, _ in parts])
+            if order == sorted(order):
+                return stacked
             return stacked[torch.from_numpy(np.argsort(order)).to(stacked.device)]
 
-        images = {view: in_order(v, (view.height, view.width, 3)) for v, view in enumerate(self.views)}
+        with self.backend.on(self._stream):
+            images = {view: in_order(v, (view.height, view.width, 3)) for v, view in enumerate(self.views)}
         good = [blobs[i] for i in np.flatnonzero(ok).tolist()]
         facts = {f: np.array([BYTE_FACTS[f](b) for b in good], FACTS[f]) for f in self.facts if f in BYTE_FACTS}
         if schema.PIXEL_HASH in self.facts:
@@ -355,12 +369,12 @@ def _hashes(images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
     return torch.from_numpy(np.stack([pixels_hash(pixels) for pixels in images]))
 
 
-def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64]) -> Iterator[list[int]]:
-    """Divide images into groups of which DALI can hold all pixels at once; of most batches it is one."""
+def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64], most: int) -> Iterator[list[int]]:
+    """Divide images into groups of at most so many pixels, of which DALI can hold all; of most batches it is one."""
     group: list[int] = []
     total = 0
     for i in index:
-        if group and total + pixels[i] > _MAX_GROUP_PIXELS:
+        if group and total + pixels[i] > most:
             yield group
             group, total = [], 0
         group.append(i)

@@ -14,6 +14,7 @@ from imgcurate import schema
 from imgcurate.backend import cpu_count, get_backend
 from imgcurate.errors import ImgcurateError
 from imgcurate.frame import read_group
+from imgcurate.lazy import torch
 from imgcurate.origins import ShardOrigin
 from imgcurate.pipeline import Pipeline
 from imgcurate.stages.base import IMAGE, ProcessingStage
@@ -142,7 +143,7 @@ def estimate_run(
     types = {**plan.types, **origin.types}
     columns = schema.arrow_schema(types, types).names
     weights = _weights(pipeline)
-    workers = n_workers or (1 if get_backend(device).is_gpu else cpu_count())
+    workers = n_workers or (torch.cuda.device_count() if get_backend(device).is_gpu else cpu_count())
     rate = None
     stages = plan.phases[0].batch_stages
     if measure and stages and first is not None:

@@ -23,10 +23,11 @@ from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from imgcurate.backend import is_out_of_memory, keep_freed_memory, lazy_frame
+from imgcurate.backend import lazy_frame
 from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, PartitionsError, printable
 from imgcurate.filesystems import StorageError
 from imgcurate.liveness import NO_WORKER_ERRORS, Liveness
+from imgcurate.memory import is_out_of_memory, keep_freed_memory
 
 __all__ = [
     "COUNTS",

@@ -214,7 +214,7 @@ def test_a_cluster_leaves_the_environment_of_this_process_alone() -> None:
 ARRAYS = """
 import resource, sys
 import numpy as np
-from imgcurate.backend import keep_freed_memory
+from imgcurate.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -247,3 +247,13 @@ def test_workers_do_not_fetch_memory_page_by_page(environment: dict[str, str], i
     # 200 arrays of 256 pages each, which are too small for large pages.
     assert before > 25_000
     assert (after < 2_000) == is_kept
+
+
+def test_rmm_gives_no_memory_to_torch_and_takes_no_share_of_a_part_of_a_gpu() -> None:
+    from imgcurate.cluster import _rmm_options
+
+    for devices in ("", "0,1", "GPU-8f6a", "MIG-41b3"):
+        options = _rmm_options(devices)
+        assert options["rmm_allocator_external_lib_list"] == ["cupy"]
+        assert isinstance(options["rmm_pool_size"], str) == devices.startswith("MIG")
+        assert ("rmm_maximum_pool_size" in options) != devices.startswith("MIG")

@@ -11,7 +11,7 @@ from PIL import Image
 from imgcurate.backend import Backend, get_backend
 from imgcurate.batches import PixelView
 from imgcurate.decode import MAX_PIXELS, Decoder, borrow_decoder
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
 from imgcurate.pillow import decode_with_pillow, smaller_jpeg
 from imgcurate.probe import probe
@@ -52,6 +52,27 @@ def test_decode_survives_a_batch_of_images_that_only_dali_finds_bad(backend, pho
     }
     alone = make_decoder(backend).decode([blobs[11]])
     torch.testing.assert_close(decoded.images[CLIP][-1], alone.images[CLIP][0])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA error: an illegal memory access was encountered", "cudaErrorIllegalAddress", "CUDA allocation failed"],
+)
+def test_an_error_of_the_device_is_none_of_the_images(text: str, photos, encode, monkeypatch) -> None:
+    decoder = make_decoder(get_backend("cpu"))
+    # As on a GPU from here on, of which nothing is there.
+    decoder.backend = Backend("gpu")
+    monkeypatch.setattr(Backend, "free_memory", lambda _: None)
+
+    def fail(_: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(decoder, "_run_bytes", fail)
+    with pytest.raises(ImgcurateError, match="cannot decode any more"):
+        decoder.decode([encode(p) for p in photos[:4]])
+    monkeypatch.setattr(decoder, "_run_pixels", fail)
+    with pytest.raises(ImgcurateError, match="cannot decode any more"):
+        decoder.decode([encode(photos[0], "GIF")])
 
 
 def test_decode_gives_the_same_pixels_whatever_the_batch(backend, photos, encode) -> None:

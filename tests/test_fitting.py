@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from imgcurate import read_webdataset
-from imgcurate.backend import Backend, is_out_of_memory
+from imgcurate.backend import Backend
 from imgcurate.batches import ImageBatch, PixelView
 from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.memory import is_out_of_memory
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
 from imgcurate.stages import ImageReaderStage
 from imgcurate.stages.base import ProcessingStage

@@ -62,7 +62,7 @@ def test_no_call_runs_code_from_a_file_or_unpacks_one() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             # The one program that is ever started is this Python, to decode apart what killed its worker; the one
             # library opened by hand is this process's own C library, to set how it keeps memory.
-            allowed = {"isolation.py": {"subprocess"}, "backend.py": {"ctypes"}}.get(path.name, set())
+            allowed = {"isolation.py": {"subprocess"}, "memory.py": {"ctypes"}}.get(path.name, set())
             assert not {n.split(".")[0] for n in names} & FORBIDDEN_IMPORTS - allowed, path
     opened = [ast.unparse(call) for _, name, call in calls() if name.startswith("ctypes.")]
     assert opened == ["ctypes.CDLL(None)"]

@@ -15,10 +15,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from imgcurate.backend import MAPPED_BYTES, Backend, check_batch_size
+from imgcurate.backend import Backend, check_batch_size
 from imgcurate.batches import PixelView
 from imgcurate.errors import ConfigError, DeviceError
 from imgcurate.lazy import torch
+from imgcurate.memory import MAPPED_BYTES
 from imgcurate.models import clip_weights
 
 __all__ = [
@@ -206,7 +207,8 @@ class OpenClipEncoder(Encoder):
         if not self._is_fixed:
             nbytes = max(3 * height * width * 4, towers.most_values(self._visual) * self.dtype.itemsize)
             self._batch_size = min(self._batch_size, max(1, _LARGEST_KEPT // nbytes))
-        # While torch compiles in one thread, no other may call what is compiled.
+        # While torch compiles in one thread, no other may call what is compiled. Its settings belong to a thread.
+        self._before = towers.allow_compiling if self._is_fixed and spec.compile else lambda: None
         self._turn = _compiling if backend.is_gpu or spec.compile is True else contextlib.nullcontext()
         self._scale, self._shift = _normalisation(cfg["mean"], cfg["std"], width, backend.torch_device)
 
@@ -215,6 +217,7 @@ class OpenClipEncoder(Encoder):
         size = step = min(self._batch_size, at_most or self._batch_size)
         if not self._is_fixed and len(pixels) > size:
             step = math.ceil(len(pixels) / math.ceil(len(pixels) / size))
+        self._before()
         with torch.inference_mode(), self._turn:
             chunks = [self._encode(pixels[start : start + step], size) for start in range(0, len(pixels), step)]
             return torch.cat(chunks) if chunks else torch.empty((0, self.dim), device=pixels.device)

@@ -23,7 +23,7 @@ from torch import nn
 
 from imgcurate.errors import ConfigError
 
-__all__ = ["Float8Linear", "most_values", "prepare"]
+__all__ = ["Float8Linear", "allow_compiling", "most_values", "prepare"]
 
 logger = logging.getLogger(__name__)
 _E4M3: Final = torch.float8_e4m3fn
@@ -39,7 +39,7 @@ _EXACT_BLOCKS: Final = 2
 
 
 class Float8Linear(nn.Module):
-    """A linear layer whose inputs and weights are 8-bit floats (E4M3), and whose sums are float32.
+    """A linear layer whose inputs and weights are 8-bit floats (E4M3), and whose sums have some 22 bits.
 
     Each row of the input and each row of the weight is scaled to the range of the type, inputs as they come.
 
@@ -274,11 +274,14 @@ def prepare(
     if compiled == "auto" and on_gpu and (reason := _why_not_compiled()):
         logger.warning("the model is not compiled, and slower than it could be: %s", reason)
     elif compiled is True or (compiled == "auto" and on_gpu):
-        # Each model and each size of batches is one more.
-        torch._dynamo.config.recompile_limit = _MOST_COMPILED
         for module in (*blocks.resblocks, visual.conv1):
             module.compile(dynamic=False)
     return visual
+
+
+def allow_compiling() -> None:
+    """Let the calling thread compile all that is needed: each model and each size of batches is one more."""
+    torch._dynamo.config.recompile_limit = _MOST_COMPILED
 
 
 def _simplify(mlp: Any) -> None:

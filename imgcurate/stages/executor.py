@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +23,12 @@ from imgcurate.backend import (
     array_from_list_column,
     cpu_count,
     get_backend,
-    keep_freed_memory,
     list_array,
 )
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError
 from imgcurate.lazy import torch
+from imgcurate.memory import keep_freed_memory
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
 from imgcurate.stages.fitting import BatchLimit, process_batch
 from imgcurate.stages.reading import ImageReaderStage, read_pixels
@@ -95,15 +96,18 @@ class Program:
         """
         stages, limits, worker = _prepared(self)
         results = _Results(table, self.types)
-        for positions, batch in self._batches(table, stages, worker, results, isolated):
-            current = batch
-            for k, stage in enumerate(stages):
-                current = process_batch(stage, current, limits[k], worker.backend)
-                _check_columns(stage, current, self.types)
-                results.take_drops(k, stage, positions, current)
-                if IMAGE in stage.removes:
-                    current.remove_pixels()
-            results.take_columns(positions, current)
+        with contextlib.closing(worker.backend.holder()) as holder:
+            for positions, batch in self._batches(table, stages, worker, results, isolated):
+                pixels = batch.all_pixels()
+                current = batch
+                for k, stage in enumerate(stages):
+                    current = process_batch(stage, current, limits[k], worker.backend)
+                    _check_columns(stage, current, self.types)
+                    results.take_drops(k, stage, positions, current)
+                    if IMAGE in stage.removes:
+                        current.remove_pixels()
+                results.take_columns(positions, current)
+                holder.hold(pixels)
         results.apply_rules(stages)
         return results.table(self.output_schema(table.column_names, {f.name: f.type for f in table.schema}))
 

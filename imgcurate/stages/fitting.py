@@ -9,9 +9,10 @@ import traceback
 from pathlib import Path
 
 from imgcurate import schema
-from imgcurate.backend import Backend, is_out_of_memory
+from imgcurate.backend import Backend
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError, ImgcurateError
+from imgcurate.memory import is_out_of_memory
 from imgcurate.stages.base import ProcessingStage
 
 __all__ = ["BatchLimit", "process_batch"]
