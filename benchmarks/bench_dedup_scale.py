@@ -107,8 +107,14 @@ def measure(catalog: Catalog, scratch: str, workers: int) -> tuple[list[Step], i
     with open_client(device="cpu", n_workers=workers) as client:
 
         def run(
-            step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
+            step: str,
+            function: Callable[[int], dict[str, Any]],
+            numbers: Sequence[int],
+            *,
+            light: bool = False,
+            on_device: bool = False,
         ) -> dict[int, Any]:
+            del on_device
             steps.append(Step(step))
             start = time.perf_counter()
             result = run_on_client(step, function, numbers, client=client, light=light)

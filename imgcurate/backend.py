@@ -59,8 +59,10 @@ _GPU_DEVICES: Final = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/d
 DEVICES: Final = ("auto", "cpu", "gpu")
 _INIT_ROWS_PER_CLUSTER: Final = 8
 _LARGEST_BATCH: Final = 65_536
-# Tasks of dedup share a GPU by four.
+# Tasks of dedup share a GPU by four; one that finds most of it free may take more.
 _RESIDENT_SHARE: Final = 0.15
+_RESIDENT_SHARE_ALONE: Final = 0.4
+_RESIDENT_SHARE_OF_FREE: Final = 0.6
 _CARRIED_ROWS: Final = 262_144
 _CPU_BATCH: Final = 32
 _GPU_BATCH: Final = 256
@@ -162,8 +164,9 @@ class Backend:
         """Return :meth:`product_operand` of a whole array, if a GPU has room for it beside what else is done there."""
         if not self.is_gpu:
             return None
-        _, total = self.xp.cuda.runtime.memGetInfo()
-        if array.size * np.dtype(self.product_dtype).itemsize > _RESIDENT_SHARE * total:
+        free, total = self.xp.cuda.runtime.memGetInfo()
+        nbytes = array.size * np.dtype(self.product_dtype).itemsize
+        if nbytes > max(_RESIDENT_SHARE * total, min(_RESIDENT_SHARE_ALONE * total, _RESIDENT_SHARE_OF_FREE * free)):
             return None
         operand = self.xp.empty(array.shape, self.product_dtype)
         for start in range(0, len(array), _CARRIED_ROWS):
@@ -174,6 +177,14 @@ class Backend:
     def asarray(self, array: npt.NDArray[Any]) -> Any:
         """Return a host array as an array of :attr:`xp`; no copy on the CPU."""
         return self.xp.asarray(array)
+
+    def largest(self, values: Any, n: int) -> Any:
+        """Return where the `n` largest values of each row of a matrix are, in any order: shape (rows, n)."""
+        if not self.is_gpu:
+            k = values.shape[1]
+            return np.argpartition(values, k - n, axis=1)[:, k - n :]
+        # CuPy's argpartition sorts whole rows where it looks for the end of long ones.
+        return self.xp.from_dlpack(torch.topk(torch.utils.dlpack.from_dlpack(values), n, dim=1, sorted=False).indices)
 
     def frame_from_arrow(self, table: pa.Table) -> Any:
         """Return a pandas or cudf frame that holds an Arrow table without loss."""

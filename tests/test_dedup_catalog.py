@@ -148,7 +148,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, rows: pa.Table) -> None:
         pass
 
     def stop_in(step: str, after: int):
-        def run_tasks(name, function, numbers, *, light=False):
+        def run_tasks(name, function, numbers, **_):
             if name != step:
                 return run_here(name, function, numbers)
             run_here(name, function, list(numbers)[:after])

@@ -226,7 +226,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
         pass
 
     def stop_in(step: str):
-        def run_tasks(name, function, numbers, *, light=False):
+        def run_tasks(name, function, numbers, **_):
             if name == step:
                 run_here(name, function, list(numbers)[:1])
                 raise StoppedError

@@ -69,17 +69,19 @@ class Decider:
         buckets = range(self.exchange.n_buckets)
         label = f"eps {self.config.eps:g}: "
         self._make_folders(0)
-        gone: int = sum(r["goes"] for r in run_tasks(f"{label}within clusters", self._within, buckets).values())
+        gone: int = sum(
+            r["goes"] for r in run_tasks(f"{label}within clusters", self._within, buckets, on_device=True).values()
+        )
         overrides = Decisions.stay(np.empty(0, np.int64))
         for turn in itertools.count() if self.config.probes > 1 else ():
-            run_tasks(f"{label}across clusters", partial(self._across, turn=turn), buckets)
+            run_tasks(f"{label}across clusters", partial(self._across, turn=turn), buckets, on_device=True)
             crossed = choose(self._all_pairs(f"pairs-{turn}"))
             self.scratch.write(f"crossed-{turn}", [crossed.to_arrow()])
             overrides = overrides.overridden(self._all_decisions(turn)).overridden(crossed) if turn else crossed
             if not crossed.goes.any():
                 break
             run_tasks(f"{label}orphans", partial(self._find_orphans, turn=turn), buckets)
-            run_tasks(f"{label}orphans again", partial(self._compare_orphans, turn=turn), buckets)
+            run_tasks(f"{label}orphans again", partial(self._compare_orphans, turn=turn), buckets, on_device=True)
             orphans = np.concatenate([self._rows(f"orphans-{turn}", b).uid for b in buckets])
             pairs = self._all_pairs(f"near-{turn}")
             taken = choose(pairs, np.setdiff1d(pairs.uid.reshape(-1), orphans))
@@ -92,7 +94,9 @@ class Decider:
             if examined.goes.all():
                 break
             self._make_folders(turn + 1)
-            run_tasks(f"{label}orphans within clusters", partial(self._within_orphans, turn=turn), buckets)
+            run_tasks(
+                f"{label}orphans within clusters", partial(self._within_orphans, turn=turn), buckets, on_device=True
+            )
         self.scratch.write("overrides", [overrides.to_arrow()])
         return gone + int(overrides.goes.sum())
 

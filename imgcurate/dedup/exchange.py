@@ -45,9 +45,18 @@ class TaskRunner(Protocol):
     """Runs the steps of a job on a cluster."""
 
     def __call__(
-        self, step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
+        self,
+        step: str,
+        function: Callable[[int], dict[str, Any]],
+        numbers: Sequence[int],
+        *,
+        light: bool = False,
+        on_device: bool = False,
     ) -> dict[int, dict[str, Any]]:
-        """Run ``function(number)`` for each number, and return the results; a task may do several `light` ones."""
+        """Run ``function(number)`` for each number, and return the results.
+
+        A task may do several `light` ones. What computes `on_device` takes a share of a GPU, if there is one.
+        """
         ...
 
 
@@ -190,8 +199,8 @@ class Exchange:
             # A share of all was drawn: of those that have a direction it may be too few.
             again = partial(self._sample, n_rows=n_valid, folder="sample-again")
             run_tasks("sample again", again, range(self.n_parts), light=light)
-        run_tasks("cluster", self._fit, [0])
-        run_tasks("assign", self._assign, range(self.n_parts), light=light)
+        run_tasks("cluster", self._fit, [0], on_device=True)
+        run_tasks("assign", self._assign, range(self.n_parts), light=light, on_device=True)
 
     @property
     def n_buckets(self) -> int:

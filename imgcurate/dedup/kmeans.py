@@ -6,6 +6,8 @@ have unit length too.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import warnings
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,6 +25,8 @@ _BLOCK_VALUES: Final = 8 * 1024 * 1024
 _SPLIT_OVER: Final = 4.0
 _REACH_SLACK: Final = 1e-3
 _MAX_SPREAD_ROWS: Final = 8192
+# Of 16 bytes each.
+_MOST_PAIRS: Final = 16 * 1024 * 1024
 
 Floats = npt.NDArray[np.float32]
 
@@ -198,7 +202,7 @@ def find_probes(
     reach = np.sqrt(2 * config.largest_eps)
     likely = reach / np.sqrt(clustering.dimensions)
     band = 4 * rounding_error(x.shape[1])
-    distances = _distances(centroids, labels)
+    distances = _apart(hashlib.blake2b(centroids.tobytes()).digest(), len(centroids))(centroids, labels)
     for i in range(1, labels.shape[1]):
         limit = distances[:, i - 1] * ((reach if i < config.n_probe else min(reach, likely)) + _REACH_SLACK)
         farther = approximate[:, 0] - approximate[:, i]
@@ -211,11 +215,45 @@ def find_probes(
     return labels[:, 0].copy(), similarity, probes
 
 
-def _distances(centroids: Floats, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    """Return how far the first centroid of each row of labels lies from the others, (n, p - 1)."""
-    first, others = labels[:, :1].astype(np.int64), labels[:, 1:].astype(np.int64)
-    low, high = np.minimum(first, others), np.maximum(first, others)
-    pairs, inverse = np.unique(low * len(centroids) + high, return_inverse=True)
+class _Apart:
+    """How far centroids lie apart; each pair is computed once, when it is first asked for.
+
+    Those of one row of clusters are asked for by nearly all parts, and few others by any.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] = (np.empty(0, np.int64), np.empty(0))
+
+    def __call__(self, centroids: Floats, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """Return how far the first centroid of each row of labels lies from the others, (n, p - 1)."""
+        first, others = labels[:, :1].astype(np.int64), labels[:, 1:].astype(np.int64)
+        low, high = np.minimum(first, others), np.maximum(first, others)
+        asked = low * len(centroids) + high
+        if not asked.size:
+            return np.empty(asked.shape)
+        # Threads may replace it meanwhile, by one that knows more or less: what is taken here is one state.
+        pairs, distances = self._known
+        missing = np.unique(asked)
+        at = np.searchsorted(pairs, missing)
+        missing = missing[np.append(pairs, -1)[at] != missing]
+        if len(missing):
+            at = np.searchsorted(pairs, missing)
+            pairs = np.insert(pairs, at, missing)
+            distances = np.insert(distances, at, _distances(centroids, missing))
+            if len(pairs) <= _MOST_PAIRS:
+                self._known = pairs, distances
+        return distances[np.searchsorted(pairs, asked)]
+
+
+@functools.lru_cache(maxsize=2)
+def _apart(digest: bytes, n_clusters: int) -> _Apart:
+    """Return what this process knows of the distances of some centroids."""
+    del digest, n_clusters
+    return _Apart()
+
+
+def _distances(centroids: Floats, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return the distances of pairs of centroids, each ``low * k + high``."""
     low, high = np.divmod(pairs, len(centroids))
     distances: npt.NDArray[np.float64] = np.empty(len(pairs))
     for start in range(0, len(pairs), _MAX_SPREAD_ROWS):
@@ -223,7 +261,7 @@ def _distances(centroids: Floats, labels: npt.NDArray[np.int32]) -> npt.NDArray[
         apart = centroids[low[at]].astype(np.float64)
         apart -= centroids[high[at]]
         distances[at] = np.sqrt(np.einsum("ij,ij->i", apart, apart))
-    return distances[inverse.reshape(others.shape)]
+    return distances
 
 
 def _nearest(
@@ -232,7 +270,7 @@ def _nearest(
     """Return the `n_probe` largest products per row, and where; near ties are decided in float64."""
     xp, k = backend.xp, len(centroids)
     n_top = min(n_probe + 1, k)
-    top = xp.argpartition(products, k - n_top, axis=1)[:, k - n_top :]
+    top = backend.largest(products, n_top)
     values = xp.take_along_axis(products, top, axis=1)
     order = xp.argsort(-values, axis=1)
     top = backend.to_host(xp.take_along_axis(top, order, axis=1))

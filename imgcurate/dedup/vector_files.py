@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcurate import schema
+from imgcurate.dedup.parquet_rows import open_parquet, row_batches
 from imgcurate.dedup.vectors import NpyFile, ids_as_keys, ids_from_keys, list_lengths, unified_type
 from imgcurate.errors import InputError, nearest
 from imgcurate.storage import (
@@ -39,14 +40,11 @@ from imgcurate.storage import (
     modified,
     open_source,
 )
-from imgcurate.streams import SourceFile
 
 __all__ = ["VectorFiles", "find_vectors"]
 
 _PART_BYTES: Final = 128 * 1024**2
 _PART_ROWS: Final = 262_144
-_READ_ROWS: Final = 8192
-_BUFFER_BYTES: Final = 1024**2
 _OWN_COLUMNS: Final = (schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.EMBEDDING)
 
 
@@ -185,7 +183,7 @@ class VectorFiles:
             if part.vectors:
                 with _npy(part.vectors, self.input_options) as npy:
                     return replace(self, dim=npy.dim)
-            for batch in _batches(part, [self.embedding_field], self.input_options):
+            for batch in row_batches(part.table, [self.embedding_field], part.first, part.n_rows, self.input_options):
                 lengths = list_lengths(batch[0]).drop_null()
                 if len(lengths):
                     dim = lengths[0].as_py()
@@ -329,7 +327,7 @@ def _plan_file(
         with _npy(url, options) as npy:
             return _ranges("", url, uid, [npy.n_rows], npy.row_bytes), pa.int64()
     vectors = "" if url == table else url
-    with _parquet(table, options) as file:
+    with open_parquet(table, options) as file:
         fields = {f.name: f.type for f in file.schema_arrow}
         for name in columns if not vectors else (columns[0], *columns[2:]):
             if name not in fields:
@@ -374,41 +372,10 @@ def _ranges(table: str, vectors: str, uid: int, groups: Sequence[int], row_bytes
 
 
 def _read_rows(part: VectorPart, columns: Sequence[str], options: StorageOptions | None) -> pa.Table:
-    batches = list(_batches(part, columns, options))
+    batches = list(row_batches(part.table, columns, part.first, part.n_rows, options))
     if sum(map(len, batches)) != part.n_rows:
         raise InputError(f"{part.table} changed while it was read: row {part.first + part.n_rows - 1} is not there")
     return pa.Table.from_batches(batches) if batches else pa.table({c: [] for c in columns})
-
-
-def _batches(part: VectorPart, columns: Sequence[str], options: StorageOptions | None) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a part; of larger row groups those before it are decoded and dropped."""
-    stop = part.first + part.n_rows
-    with _parquet(part.table, options) as file:
-        meta = file.metadata
-        bounds = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
-        groups = [i for i in range(meta.num_row_groups) if bounds[i] < stop and bounds[i + 1] > part.first]
-        if not groups:
-            return
-        at = int(bounds[groups[0]])
-        for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=list(columns), use_threads=False):
-            start, end = max(part.first - at, 0), min(stop - at, len(batch))
-            at += len(batch)
-            if start < end:
-                yield batch.slice(start, end - start).select(list(columns))
-            if at >= stop:
-                return
-
-
-@contextmanager
-def _parquet(url: str, options: StorageOptions | None) -> Iterator[pq.ParquetFile]:
-    source = open_source(url, options)
-    try:
-        with SourceFile(source) as raw:
-            yield pq.ParquetFile(raw, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    except (pa.ArrowException, OSError) as exc:
-        raise InputError(f"cannot read {url} as Parquet: {exc}") from exc
-    finally:
-        source.close()
 
 
 @contextmanager

@@ -97,24 +97,35 @@ def _decided_frame(ledger: Ledger, device: str, columns: Sequence[str]) -> dd.Da
 
 
 def client_runner(client: Client, progress: Progress | None, device: str = "cpu") -> TaskRunner:
-    """Return what runs the steps of a job on a cluster; on the device ``gpu`` each takes a share of one."""
+    """Return what runs the steps of a job on a cluster; on the device ``gpu`` those that compute take a share."""
     share = gpu_share(client, _GPU_SHARE) if device == "gpu" else None
 
     def run_tasks(
-        step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
+        step: str,
+        function: Callable[[int], dict[str, Any]],
+        numbers: Sequence[int],
+        *,
+        light: bool = False,
+        on_device: bool = False,
     ) -> dict[int, dict[str, Any]]:
         return run_on_client(
-            f"dedup: {step}", function, numbers, client=client, resources=share, progress=progress, light=light
-        )
+            f"dedup: {step}", function, numbers, client=client, resources=share if on_device else None,
+            progress=progress, light=light,
+        )  # fmt: skip
 
     return run_tasks
 
 
 def run_here(
-    step: str, function: Callable[[int], dict[str, Any]], numbers: Sequence[int], *, light: bool = False
+    step: str,
+    function: Callable[[int], dict[str, Any]],
+    numbers: Sequence[int],
+    *,
+    light: bool = False,
+    on_device: bool = False,
 ) -> dict[int, dict[str, Any]]:
     """Run a step on whatever Dask computes on: the current client, or threads."""
-    del step, light
+    del step, light, on_device
     task = dask.delayed(function, pure=False)
     return dict(zip(numbers, dask.compute(*(task(n) for n in numbers)), strict=True))
 
