@@ -159,6 +159,8 @@ def _check_main_guard() -> None:
     while frame.f_back is not None:
         frame = frame.f_back
     path = frame.f_globals.get("__file__")
+    if getattr(sys.modules.get("__main__"), "__file__", None) == "<stdin>":
+        raise ConfigError("workers are processes that import this script again, which they cannot from standard input")
     if frame.f_code.co_name != "<module>" or frame.f_globals.get("__name__") != "__main__" or not path:
         return
     try:

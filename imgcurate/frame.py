@@ -12,7 +12,7 @@ import pyarrow as pa
 from imgcurate import schema
 from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.errors import ConfigError
-from imgcurate.inputs import find_shards
+from imgcurate.inputs import check_unchanged, find_shards
 from imgcurate.partitions import Partitions
 from imgcurate.shards import Shard, index_shard
 from imgcurate.sidecars import NO_SIDECARS, SidecarColumns, Sidecars, find_sidecars
@@ -130,6 +130,7 @@ def read_group(
         for _, following in group[position + 1 : position + 2]:
             if not following.files:
                 read_ahead(following.url, storage_options)
+        check_unchanged(shard, storage_options)
         index = index_shard(shard, number, storage_options=storage_options, texts=tuple(text_columns))
         tables.append(sidecars.join(index.table, shard, storage_options))
     return pa.concat_tables([t.select(out.names).cast(out) for t in tables]).combine_chunks()

@@ -17,7 +17,7 @@ import itertools
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +44,12 @@ from imgcurate.streams import DamagedStreamError, is_compressed
 from imgcurate.tables import TableSource, check_table, is_table
 from imgcurate.tar_blocks import BLOCK, checksum_is_right
 
-__all__ = ["describe_shards", "find_shards"]
+__all__ = ["CHANGED", "check_unchanged", "describe_shards", "find_shards", "state_of"]
+
+CHANGED: Final = (
+    "changed while the run was going on, so its output cannot be relied on: run again with --overwrite, or, if the "
+    "file is as it was again, run again"
+)
 
 _SAMPLES_PER_SHARD: Final = 256
 _TABLES_LOOKED_AT: Final = 16
@@ -121,6 +126,26 @@ def describe_shards(
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(describe, shards))
+
+
+def state_of(described: Mapping[str, Any]) -> str:
+    """Return what tells one state of a tar or table from another, as :func:`describe_shards` has it; '' of others."""
+    return "" if "files" in described else f"{described['nbytes']} bytes, {described['modified']}"
+
+
+def check_unchanged(shard: Shard, storage_options: StorageOptions | None = None) -> None:
+    """Refuse a shard that is not as it was when the run began.
+
+    Raises
+    ------
+    InputError
+        If it is another file now.
+    """
+    if not shard.state:
+        return
+    now = {"nbytes": file_size(shard.url, storage_options), "modified": modified(shard.url, storage_options)}
+    if state_of(now) != shard.state:
+        raise InputError(f"{shard.url} {CHANGED}")
 
 
 def _file_states(shard: Shard) -> list[str]:

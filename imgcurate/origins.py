@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pyarrow as pa
 from imgcurate.catalog import MANIFEST, Manifest
 from imgcurate.errors import InputError
 from imgcurate.frame import ShardGroup, frame_of_groups, groups_of
-from imgcurate.inputs import describe_shards
+from imgcurate.inputs import describe_shards, state_of
 from imgcurate.partitions import Partitions
 from imgcurate.plan import Plan
 from imgcurate.shards import Shard
@@ -76,6 +77,11 @@ class Origin(ABC):
     @abstractmethod
     def inputs_now(self) -> list[dict[str, Any]]:
         """Describe the inputs as they are now."""
+
+    def parts_of(self, inputs: Sequence[int]) -> list[int]:
+        """Return the partitions that may hold something of some inputs: here, all."""
+        del inputs
+        return list(range(self.n_parts))
 
     @property
     @abstractmethod
@@ -142,7 +148,8 @@ class ShardOrigin(Origin):
     def groups(self) -> list[ShardGroup]:
         """The shards of each partition; those of different increments never share one."""
         nbytes = [described.get("nbytes") for described in self._described]
-        return groups_of(self.shards, Partitions.divide(nbytes, self.plan.source.files_per_partition, self._increments))
+        shards = [replace(s, state=state_of(d)) for s, d in zip(self.shards, self._described, strict=True)]
+        return groups_of(shards, Partitions.divide(nbytes, self.plan.source.files_per_partition, self._increments))
 
     @property
     def first(self) -> Shard:
@@ -159,6 +166,11 @@ class ShardOrigin(Origin):
         """The inputs, and the columns that are joined from beside them."""
         sidecars = [[source, name, str(type_)] for source, name, type_ in self.sidecars.columns]
         return {"sidecars": sidecars, "inputs": self._described}
+
+    def parts_of(self, inputs: Sequence[int]) -> list[int]:
+        """Return the partitions of some shards."""
+        numbers = set(inputs)
+        return [part for part, group in enumerate(self.groups) if any(number in numbers for number, _ in group)]
 
     @property
     def increments(self) -> list[int]:

@@ -55,8 +55,11 @@ def find_run(
         done = [n for n in list_files(join_url(folder, work), "") if not n.startswith(".")]
         nothing_done = manifest.state == "running" and not done
         if (not overwrite and manifest.state != "clearing" and not nothing_done) or resume:
+            # More inputs are no reason.
+            more = grows and _only_more(manifest.config.get("inputs"), config.get("inputs"))
+            old, new = ({**c, "inputs": None} if more else c for c in (manifest.config, config))
             raise ConfigError(
-                f"{folder} holds another run ({difference(manifest.config, config)}): "
+                f"{folder} holds another run ({difference(old, new)}): "
                 "name another output folder, or overwrite it (--overwrite)"
             )
     if manifest is None:
@@ -70,10 +73,14 @@ def find_run(
 
 def grown(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Return whether a configuration asks for the same run over more inputs: the old ones, then others."""
-    before, now = old.get("inputs"), new.get("inputs")
-    if not isinstance(before, list) or not isinstance(now, list) or len(now) <= len(before):
+    return _only_more(old.get("inputs"), new.get("inputs")) and {**old, "inputs": None} == {**new, "inputs": None}
+
+
+def _only_more(before: Any, now: Any) -> bool:
+    """Return whether inputs are others, then more."""
+    if not isinstance(before, list) or not isinstance(now, list):
         return False
-    return now[: len(before)] == before and {**old, "inputs": None} == {**new, "inputs": None}
+    return len(now) > len(before) and now[: len(before)] == before
 
 
 def open_run(

@@ -23,6 +23,7 @@ from imgcurate.cluster import cluster_device, open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
 from imgcurate.execution import COUNTS, Progress, call_frame, run_on_client, run_waves
 from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
+from imgcurate.inputs import CHANGED
 from imgcurate.liveness import gpu_share
 from imgcurate.origins import Origin
 from imgcurate.outputs import PIPELINE, find_run, open_run
@@ -46,6 +47,7 @@ from imgcurate.stages.base import DatasetStage, Stage, columns_added
 from imgcurate.stages.executor import Program, apply_stages, make_program
 from imgcurate.storage import (
     atomic_write,
+    clear_away,
     exclusive,
     exists,
     join_url,
@@ -182,7 +184,7 @@ class Run:
         if exists(checkpoints := Catalog(self.folder, 0).checkpoint_folder):
             # The run was killed when all but this was done.
             with exclusive(self.folder):
-                remove_tree(checkpoints)
+                clear_away(checkpoints)
         return self._result(manifest)
 
     def _lost(self) -> list[str]:
@@ -209,6 +211,8 @@ class Run:
             except ImgcurateError as exc:
                 if not exists(self.folder):
                     raise ImgcurateError(f"{self.folder} was deleted while the run was writing to it") from exc
+                with contextlib.suppress(ImgcurateError):
+                    self._distrust_changed(manifest)
                 raise
 
     def _execute(self, manifest: Manifest) -> Result:
@@ -238,7 +242,7 @@ class Run:
             self._check(manifest)
             self._check_inputs(manifest)
             self._complete(manifest, files)
-            catalog.remove_checkpoints()
+            clear_away(catalog.checkpoint_folder)
             remove_temporary_files(self.folder)
         return self._result(manifest)
 
@@ -279,12 +283,26 @@ class Run:
 
     def _check_inputs(self, manifest: Manifest) -> None:
         """Refuse to call a run done whose inputs changed under it: it may hold some of both states."""
-        for before, now in zip(manifest.config["inputs"], self.origin.inputs_now(), strict=True):
-            if before != now:
-                raise ImgcurateError(
-                    f"{now['url']} changed while the run was going on, so its output cannot be relied on: "
-                    "run again with --overwrite"
-                )
+        if changed := self._changed(manifest):
+            raise ImgcurateError(f"{manifest.config['inputs'][changed[0]]['url']} {CHANGED}")
+
+    def _changed(self, manifest: Manifest) -> list[int]:
+        """Return the numbers of the inputs that are not as they were when the run began."""
+        pairs = zip(manifest.config["inputs"], self.origin.inputs_now(), strict=True)
+        return [number for number, (before, now) in enumerate(pairs) if before != now]
+
+    def _distrust_changed(self, manifest: Manifest) -> None:
+        """Take back what may have been made of inputs that changed.
+
+        Should they be as they were when the run goes on, it is not to be taken for theirs.
+        """
+        if manifest.state == "done" or not (changed := self._changed(manifest)):
+            return
+        catalog = Catalog(self.folder, self.origin.n_parts)
+        for number in self.origin.parts_of(changed):
+            remove(catalog.part_url(number))
+        manifest.state, manifest.exporting = "growing", False
+        manifest.save(self.folder)
 
     def _run_phases(self, catalog: Catalog) -> Catalog:
         for number, phase in enumerate(self.plan.phases):

@@ -57,11 +57,14 @@ class Shard:
         tar or table empty.
     sizes : tuple of int
         Bytes of the files; empty for a local folder.
+    state : str
+        What :func:`imgcurate.inputs.state_of` said of it when the run began; "" where nobody looked.
     """
 
     url: str
     files: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
+    state: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,11 +124,7 @@ def find_sidecars(
         raise ConfigError(f"sidecar_columns={columns!r} should be 'auto' or a sequence of names, such as ('url',)")
     if columns != "auto" and not columns:
         return NO_SIDECARS
-    schemas = list(_schemas(shards, storage_options, columns == "auto"))
-    try:
-        merged = pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
-    except pa.ArrowException as exc:
-        raise InputError(f"the sidecars of {shards[0].url} and others differ: {exc}; name sidecar_columns") from exc
+    merged = _merged(_schemas(shards, storage_options, columns == "auto"), columns == "auto")
     names = [n for n in merged.names if n != _KEY] if columns == "auto" else list(columns)
     missing = [n for n in names if n not in merged.names]
     if missing:
@@ -145,7 +141,29 @@ def find_sidecars(
     return Sidecars(tuple(out), columns != "auto")
 
 
-def _schemas(shards: Sequence[Shard], storage_options: StorageOptions | None, auto: bool) -> Iterable[pa.Schema]:
+def _merged(schemas: Iterable[tuple[str, pa.Schema]], auto: bool) -> pa.Schema:
+    """Return the columns of some sidecars in one schema; of types that do not go together the first one counts."""
+    merged = pa.schema([])
+    for url, found in schemas:
+        try:
+            merged = pa.unify_schemas([merged, found], promote_options="permissive")
+        except pa.ArrowException as exc:
+            if not auto:
+                raise InputError(f"the sidecar {url} and those before it differ: {exc}") from exc
+            for field in found:
+                try:
+                    merged = pa.unify_schemas([merged, pa.schema([field])], promote_options="permissive")
+                except pa.ArrowException:
+                    logger.warning(
+                        "%s: column %r is %s, and %s in other shards", url, field.name, field.type,
+                        merged.field(field.name).type,
+                    )  # fmt: skip
+    return merged
+
+
+def _schemas(
+    shards: Sequence[Shard], storage_options: StorageOptions | None, auto: bool
+) -> Iterable[tuple[str, pa.Schema]]:
     step = max(1, len(shards) // _LOOKED_AT)
     for shard in shards[::step][:_LOOKED_AT]:
         url = _sidecar_url(shard)
@@ -160,7 +178,7 @@ def _schemas(shards: Sequence[Shard], storage_options: StorageOptions | None, au
             logger.warning("%s: its columns are not joined", exc)
             continue
         if _KEY in found.names and not (auto and set(found.names) >= _OURS):
-            yield found.remove_metadata()
+            yield url, found.remove_metadata()
 
 
 def _sidecar_url(shard: Shard) -> str | None:

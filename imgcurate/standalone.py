@@ -44,6 +44,7 @@ from imgcurate.stages.deduplication import save_summary
 from imgcurate.storage import (
     StorageOptions,
     atomic_write,
+    clear_away,
     exclusive,
     is_local,
     join_url,
@@ -51,7 +52,6 @@ from imgcurate.storage import (
     make_folder,
     read_bytes,
     remove_temporary_files,
-    remove_tree,
 )
 
 __all__ = ["DedupedEmbeddings", "dedup_embeddings"]
@@ -253,6 +253,8 @@ class _Run:
                 f"{removed[self.config.eps]} rows were to go and {gone} have gone: please report this bug"
             )
         if manifest.config["inputs"] != self._inputs():
+            manifest.state = "clearing"
+            manifest.save(self.folder)
             raise ImgcurateError("an input changed while the run was going on: run again with --overwrite")
         for name, url in parts.items():
             _join_parts(join_url(self.folder, f"{name}.parquet"), url, self.files.n_parts, writer.schemas[name])
@@ -260,7 +262,7 @@ class _Run:
         manifest.counts = {schema.STATUS_OK: rows - gone, schema.STATUS_DUPLICATE: gone}
         manifest.state = "done"
         manifest.save(self.folder)
-        remove_tree(join_url(self.folder, "checkpoint"))
+        clear_away(join_url(self.folder, "checkpoint"))
         remove_temporary_files(self.folder)
 
     @property

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "StorageError",
     "StorageOptions",
     "atomic_write",
+    "clear_away",
     "exclusive",
     "exists",
     "expand_urls",
@@ -57,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_BRACE_URLS: Final = 10_000_000
 _MAX_BLOCK_BYTES: Final = 16 * 1024 * 1024
+_DELETIONS: Final = 3
 # There a folder is but the beginning of names; fsspec would make a bucket, which nobody asked for.
 _STORES_WITHOUT_FOLDERS: Final = frozenset({"s3", "s3a", "gs", "gcs"})
 
@@ -359,13 +362,39 @@ def remove(url: str, storage_options: StorageOptions | None = None) -> None:
 
 
 def remove_tree(url: str, storage_options: StorageOptions | None = None) -> None:
-    """Delete a folder and all in it; does nothing if there is none."""
+    """Delete a folder and all in it; does nothing if there is none.
+
+    Raises
+    ------
+    StorageError
+        If something of it cannot be deleted.
+    """
     if is_local(url):
-        shutil.rmtree(local_path(url), ignore_errors=True)
+        folder = local_path(url)
+        for attempt in range(_DELETIONS):
+            # What a process that is being killed still writes there is met again.
+            time.sleep(0.1 * attempt)
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.lexists(folder):
+                return
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            raise StorageError(f"cannot delete {exc.filename or folder}: {exc.strerror or exc}") from exc
         return
     fs, path = filesystem(url, storage_options)
     fs.invalidate_cache()
     _remove(lambda: fs.rm(path, recursive=True), url)
+
+
+def clear_away(url: str, storage_options: StorageOptions | None = None) -> None:
+    """Delete a folder that nobody looks at any more; what of it cannot be deleted stays, with a warning."""
+    try:
+        remove_tree(url, storage_options)
+    except StorageError as exc:
+        logger.warning("%s: it is not needed any more, and stays", exc)
 
 
 def _remove(call: Callable[[], None], url: str) -> None:

@@ -25,7 +25,7 @@ from distributed import Client
 from PIL import Image
 from test_pipeline import Dark, checksums, tiny_pipeline
 
-from imgcurate import PixelView, ProcessingStage, Rule
+from imgcurate import PixelView, ProcessingStage, Rule, decode
 from imgcurate.backend import get_backend
 from imgcurate.batches import ImageBatch
 from imgcurate.catalog import Manifest
@@ -59,7 +59,7 @@ def test_large_images_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatc
     blobs = [encode(p) for p in photos[:7]]
     decoder = Decoder((view,), get_backend("cpu"), batch_size=8, num_threads=1)
     whole = decoder.decode(blobs)
-    monkeypatch.setattr("imgcurate.decode._MAX_GROUP_PIXELS", 20_000)
+    monkeypatch.setitem(decode._MAX_GROUP_PIXELS, "cpu", 20_000)
     parts = decoder.decode(blobs)
     assert parts.ok.all()
     assert (parts.images[view] == whole.images[view]).all()
@@ -220,7 +220,7 @@ def test_inputs_that_change_under_a_run_fail_it(
     pipeline = tiny_pipeline(str(path), Swap(str(path), str(other)))
     with pytest.raises(ImgcurateError, match="changed"):
         pipeline.run(str(tmp_path / "OUT"), client=client)
-    assert Manifest.load(str(tmp_path / "OUT")).state == "running"
+    assert Manifest.load(str(tmp_path / "OUT")).state in ("running", "growing")
 
 
 def test_what_killed_processes_left_is_cleared_away(shards: Path, tmp_path: Path, client: Client) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+import numpy as np
+
 from imgcurate.dedup.keep import KeepOrder
 from imgcurate.errors import ConfigError
 
@@ -79,6 +81,13 @@ class DedupConfig:
     oversampling_factor: float = 2.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            # The parameters are kept as JSON, which knows no numbers of NumPy.
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+            elif isinstance(value, (list, tuple)):
+                plain = type(value)(v.item() if isinstance(v, np.generic) else v for v in value)
+                object.__setattr__(self, name, plain)
         if isinstance(self.eps_list, (str, float, int)) or isinstance(self.keep_by, str):
             raise ConfigError(f"eps_list={self.eps_list!r} and keep_by={self.keep_by!r} should be sequences")
         for eps in (self.eps, *self.eps_list):

@@ -62,6 +62,9 @@ def has_direction(x: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     out = np.ones(len(x), dtype=bool)
     for start in range(0, len(x), _NORM_ROWS):
         block = x[start : start + _NORM_ROWS]
+        if block.dtype.kind != "f":
+            # Squares of whole numbers would not fit into their own type.
+            block = block.astype(np.float64)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             square = np.einsum("ij,ij->i", block, block)
         odd = np.flatnonzero(~(np.isfinite(square) & (square > np.finfo(square.dtype).tiny)))

@@ -267,6 +267,9 @@ def stage_config(stage: Stage) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        # One of float64 is a float of Python besides, which YAML does not take.
+        return _plain(value.item())
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     if isinstance(value, os.PathLike):
@@ -275,8 +278,6 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, np.generic):
-        return _plain(value.item())
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, map(_plain, value)))
     if isinstance(value, enum.Enum):

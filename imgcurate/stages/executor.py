@@ -272,7 +272,9 @@ class _Results:
 
 def _host(values: Any) -> npt.NDArray[Any]:
     if not isinstance(values, np.ndarray) and isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu()
+        # NumPy has no such type.
+        values = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
     return np.asarray(values)
 
 

@@ -20,7 +20,7 @@ from imgcurate.execution import call_frame
 from imgcurate.export import OutputShard, kept_counts, plan_shards, write_shard
 from imgcurate.stages.base import DatasetStage, check_count
 from imgcurate.stages.executor import frame_types
-from imgcurate.storage import StorageOptions, join_url, list_files, make_folder, remove_tree
+from imgcurate.storage import StorageOptions, clear_away, join_url, list_files, make_folder
 
 __all__ = ["ImageWriterStage", "write_webdataset"]
 
@@ -123,7 +123,7 @@ def write_webdataset(
         shards = plan_shards(kept, images_per_tar)
         return _write_all(shards, scratch, output_dir, read_options)
     finally:
-        remove_tree(scratch.folder, storage_options)
+        clear_away(scratch.folder, storage_options)
 
 
 def _spool(frame: Any, number: int, scratch: Catalog, out: pa.Schema) -> int:
