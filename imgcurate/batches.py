@@ -19,7 +19,7 @@ import pyarrow as pa
 from imgcurate.backend import Backend
 from imgcurate.errors import ConfigError
 from imgcurate.lazy import torch
-from imgcurate.schema import STATUS_OK
+from imgcurate.schema import RESERVED_STATUSES
 
 __all__ = ["ImageBatch", "PixelView"]
 
@@ -168,12 +168,14 @@ class ImageBatch:
         status : str, optional
             The status of the dropped rows; by default the name of the stage.
         """
+        if isinstance(mask, (list, tuple)):
+            mask = np.asarray(mask)
         if len(mask) != len(self.rows):
             raise ConfigError(f"the mask has {len(mask)} values for {len(self.rows)} samples")
         if mask.dtype not in (np.bool_, torch.bool):
             raise ConfigError(f"the mask should hold booleans, not {mask.dtype}")
-        if status == STATUS_OK:
-            raise ConfigError("samples cannot be dropped with the status 'ok'")
+        if status in RESERVED_STATUSES:
+            raise ConfigError(f"samples cannot be dropped with the status {status!r}, which says something else")
         if not isinstance(reason, str) and len(reason) != len(self.rows):
             raise ConfigError(f"there are {len(reason)} reasons for {len(self.rows)} samples")
         self.drops.append((mask, reason, status))

@@ -153,6 +153,7 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
             if column not in types:
                 raise ConfigError(_missing(stage, column, types, removed))
         stage.check(encoder)
+        _check_statuses(stage)
         added = columns_added(stage)
         clash = [c for c in added if c in schema.INDEX_COLUMNS]
         if clash:
@@ -172,7 +173,11 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
                 )
             if rule.column not in types:
                 raise ConfigError(_missing(stage, rule.column, types, removed))
-        gone = {IMAGE: stage.name} if isinstance(stage, DatasetStage) else dict.fromkeys(stage.removes, stage.name)
+        before = f"{stage.name}: move the stage before it"
+        if isinstance(stage, DatasetStage):
+            gone = {IMAGE: before}
+        else:
+            gone = dict.fromkeys(stage.removes, f"{before} (or set remove_image_data=False there)")
         for column in gone:
             types.pop(column, None)
         removed |= gone
@@ -180,12 +185,20 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
     return types
 
 
+def _check_statuses(stage: Stage) -> None:
+    """Refuse statuses that would say of samples that a stage drops what imgcurate itself says of others."""
+    if not isinstance(stage, ProcessingStage):
+        return
+    given = {**dict.fromkeys((rule.status for rule in stage.rules), "a rule with the status"), stage.name: "the name"}
+    for status in given.keys() & schema.RESERVED_STATUSES:
+        raise ConfigError(
+            f"stage {stage.name} has {given[status]} {status!r}, which says something else of a sample: choose another"
+        )
+
+
 def _missing(stage: Stage, column: str, types: dict[str, pa.DataType], removed: dict[str, str]) -> str:
     if column in removed:
-        return (
-            f"stage {stage.name} needs the {column!r} data, which is gone after {removed[column]}: move the stage "
-            "before it (or set remove_image_data=False there)"
-        )
+        return f"stage {stage.name} needs the {column!r} data, which is gone after {removed[column]}"
     maker, option = _MAKERS.get(column, ("", ""))
     if maker:
         hint = f" (on the command line: {option})" if option else ""

@@ -47,6 +47,7 @@ __all__ = [
     "PHASH",
     "PIXEL_HASH",
     "REASON",
+    "RESERVED_STATUSES",
     "SHARD",
     "SHARPNESS",
     "SIMILARITY",
@@ -128,6 +129,8 @@ UNREADABLE: Final = frozenset(
     {STATUS_TAR_ERROR, STATUS_NO_IMAGE, STATUS_READ_ERROR, STATUS_DECODE_ERROR, STATUS_DECODER_CRASH, STATUS_FAILED}
 )
 """Statuses of samples whose image nobody has seen."""
+RESERVED_STATUSES: Final = UNREADABLE | {STATUS_OK, STATUS_DUPLICATE, STATUS_TOO_SMALL}
+"""Statuses that no stage gives to what it drops by a rule or a mask."""
 
 UID_SHARD_BITS: Final = 32
 

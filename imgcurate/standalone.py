@@ -15,8 +15,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -34,6 +34,7 @@ from imgcurate.dedup.catalog import CatalogDedup
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.exchange import TaskRunner
 from imgcurate.dedup.vector_files import VectorFiles, find_vectors
+from imgcurate.dedup.vectors import unified_type
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, InputError
 from imgcurate.execution import Progress
 from imgcurate.outputs import find_run, open_run
@@ -154,7 +155,7 @@ def dedup_embeddings(
     -----
     Rows without an embedding, of zeros, or with a value that is not finite stay, and are nobody's
     duplicate. Memory is that of a part (128 MiB of embeddings) and of a bucket per worker, however large
-    the files and their row groups are; a larger row group is decoded from its start for each part of it.
+    the files and their row groups are.
     """
     config = _config(eps, reference, parameters)
     find = partial(
@@ -164,7 +165,7 @@ def dedup_embeddings(
     columns = config.keep_order.columns
     files = find(inputs, columns=[c for c in columns if c != schema.UID], output=folder)
     references = tuple(find(r) for r in reference)
-    _check_alike(files, references)
+    files, references = _alike(files, references)
     run = _Run(files, references, tuple(reference), config, folder)
     with contextlib.ExitStack() as stack:
         if client is None and scheduler is None:
@@ -197,15 +198,16 @@ def _config(eps: float, reference: Sequence[str], parameters: dict[str, Any]) ->
     return config
 
 
-def _check_alike(files: VectorFiles, references: Iterable[VectorFiles]) -> None:
-    """Refuse references that cannot be compared, or whose ids do not fit into ``duplicate_of``."""
+def _alike(files: VectorFiles, references: tuple[VectorFiles, ...]) -> tuple[VectorFiles, tuple[VectorFiles, ...]]:
+    """Return all with one type of ids, which ``duplicate_of`` takes; refuse references that cannot be compared."""
     for other in references:
         if files.dim and other.dim and files.dim != other.dim:
             raise InputError(
                 f"reference={other.folder!r} has embeddings of {other.dim} values, and the input of {files.dim}"
             )
-        if files.id_type != other.id_type:
-            raise InputError(f"reference={other.folder!r} has ids of {other.id_type}, and the input of {files.id_type}")
+    types = {each.folder: each.id_type for each in (*references, files)}
+    id_type = unified_type(files.id_field, types)
+    return replace(files, id_type=id_type), tuple(replace(other, id_type=id_type) for other in references)
 
 
 @dataclass

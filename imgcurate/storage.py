@@ -372,8 +372,9 @@ def remove_tree(url: str, storage_options: StorageOptions | None = None) -> None
     if is_local(url):
         folder = local_path(url)
         for attempt in range(_DELETIONS):
-            # What a process that is being killed still writes there is met again.
-            time.sleep(0.1 * attempt)
+            if attempt:
+                # What a process that is being killed still writes there is met again.
+                time.sleep(0.1)
             shutil.rmtree(folder, ignore_errors=True)
             if not os.path.lexists(folder):
                 return

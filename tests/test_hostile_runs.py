@@ -17,13 +17,22 @@ import torch
 from distributed import Client
 from test_pipeline import checksums, tiny_pipeline
 
-from imgcurate import PixelView, ProcessingStage, SemanticDedupStage, dedup_embeddings, read_webdataset
+from imgcurate import (
+    PixelView,
+    ProcessingStage,
+    Rule,
+    SemanticDedupStage,
+    dedup_embeddings,
+    read_webdataset,
+)
 from imgcurate.batches import ImageBatch
 from imgcurate.catalog import Manifest
+from imgcurate.dedup import dedup_arrays
 from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.shards import Shard
 from imgcurate.sidecars import find_sidecars
 from imgcurate.storage import StorageError, clear_away, remove_tree
+from imgcurate.verification import verify_run
 
 
 class Exchange:
@@ -207,3 +216,65 @@ def test_a_script_on_standard_input_is_told_why(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "cannot from standard input" in done.stderr
+
+
+@pytest.mark.parametrize("eps", [0, 1e-9, 1e-8, 1e-6])
+def test_equal_vectors_are_duplicates_at_any_eps(eps: float) -> None:
+    base = np.random.default_rng(0).normal(size=(500, 64)).astype(np.float32)
+    found = dedup_arrays(np.concatenate([base, base * np.float32(2)]), eps=eps)
+    assert (found.duplicate_of >= 0).sum() == 500
+    assert np.nanmin(found.similarity) == 1.0
+
+
+def test_statuses_of_imgcurate_are_not_those_of_ones_own_stages(own_shards: list[Path], tmp_path: Path) -> None:
+    for name, rules in (("ok", ()), ("duplicate", ()), ("mine", (Rule("brightness", ">=", 2, "decode_error"),))):
+        stage = type("Own", (Half,), {"name": name, "rules": rules})()
+        with pytest.raises(ConfigError, match="choose another"):
+            tiny_pipeline(str(own_shards[0]), stage).run(str(tmp_path / name))
+
+
+def test_masks_may_be_lists() -> None:
+    batch = ImageBatch(pd.DataFrame({"key": ["a", "b"]}))
+    batch.drop([True, False], "short")
+    assert batch.drops[0][0].tolist() == [True, False]
+    with pytest.raises(ConfigError, match="says something else"):
+        batch.drop([True, False], "short", status="duplicate")
+
+
+class Captions(ProcessingStage):
+    name = "captions"
+    needs = ("txt",)
+    adds = {"caption_len": "int32"}
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        batch["caption_len"] = batch["txt"].str.len().to_numpy(np.int32)
+        return batch
+
+
+def test_a_stage_after_dedup_and_texts_are_verified(tmp_path: Path, client: Client, photos, encode, write_tar) -> None:
+    samples = [(f"{i}", {"jpg": encode(p), "txt": b"caption"}) for i, p in enumerate(photos[:8])]
+    write_tar(tmp_path / "in" / "0.tar", samples)
+    pipeline = tiny_pipeline(
+        str(tmp_path / "in" / "0.tar"), SemanticDedupStage(eps=0.02), Captions(), text_columns=("txt",)
+    )
+    pipeline.run(str(tmp_path / "OUT"), client=client)
+    assert not verify_run(str(tmp_path / "OUT"), client=client).problems
+
+
+@pytest.mark.parametrize(("own", "other"), [("string", "large_string"), ("int32", "int64"), ("int64", "uint8")])
+def test_ids_of_a_reference_may_be_of_another_width(own: str, other: str, tmp_path: Path, client: Client) -> None:
+    x = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    for name, type_, ids in (("a", own, range(20)), ("b", other, range(100, 120))):
+        values = [str(i) for i in ids] if "string" in type_ else list(ids)
+        table = pa.table({"id": pa.array(values, type_), "embedding": x.tolist()})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    result = dedup_embeddings(
+        str(tmp_path / "a.parquet"),
+        str(tmp_path / "OUT"),
+        reference=[str(tmp_path / "b.parquet")],
+        eps=0.01,
+        client=client,
+    )
+    removed = pq.read_table(tmp_path / "OUT" / "removed.parquet").to_pandas()
+    assert result.removed == 20
+    assert (removed.duplicate_of.astype(int) - removed.id.astype(int) == 100).all()

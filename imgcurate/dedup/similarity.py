@@ -18,6 +18,7 @@ from imgcurate.backend import Backend
 
 __all__ = [
     "Vectors",
+    "cosine_similarity",
     "exact_similarity",
     "greedy_keep",
     "near_pairs",
@@ -87,13 +88,13 @@ def _block_rows(backend: Backend) -> int:
 
 
 def rounding_error(dim: int) -> float:
-    """Return the largest error of a float32 inner product of two unit rows of `dim` values.
+    """Return the largest error of a float32 inner product of two unit rows of `dim` values, whose length was rounded.
 
     References
     ----------
     Higham: Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1.
     """
-    return max(dim, 16) * 2.0**-24
+    return (max(dim, 16) + 2) * 2.0**-24
 
 
 def product_error(dim: int, dtype: npt.DTypeLike) -> float:
@@ -119,6 +120,26 @@ def exact_similarity(
         left *= b.rows(j[at])
         out[at] = left.sum(axis=1)
     return out
+
+
+def cosine_similarity(
+    a: Floats | Vectors, b: Floats | Vectors, i: npt.NDArray[Any], j: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """Return the cosine similarities of ``a[i]`` and ``b[j]`` in float64: exactly 1 for equal rows.
+
+    Lengths are not taken to be 1, from which rounding to float32 takes them by 1e-8 or so.
+    """
+    a, b = Vectors.of(a), Vectors.of(b)
+    out = np.empty(len(i))
+    for start in range(0, len(i), _EXACT_ROWS):
+        at = slice(start, start + _EXACT_ROWS)
+        left, right = a.rows(i[at]).astype(np.float64), b.rows(j[at]).astype(np.float64)
+        product = (left * right).sum(axis=1)
+        np.multiply(left, left, out=left)
+        np.multiply(right, right, out=right)
+        squares = left.sum(axis=1) * right.sum(axis=1)
+        out[at] = product / np.sqrt(np.where(squares > 0, squares, 1))
+    return np.minimum(out, 1.0, out=out)
 
 
 def greedy_keep(
@@ -160,7 +181,7 @@ def greedy_keep(
         stop = min(n, start + size)
         block = x.operand(slice(start, stop), backend)
         i, j = kept.candidates(block, threshold)
-        _take_best(keeper, similarity, start + i, j, exact_similarity(x, x, start + i, j), threshold)
+        _take_best(keeper, similarity, start + i, j, cosine_similarity(x, x, start + i, j), threshold)
         if only_fixed:
             continue
         _within_block(block, x, keeper[start:], similarity[start:], start, threshold, backend)
@@ -277,7 +298,7 @@ def _within_block(
         if keeper[a] >= 0:
             continue
         b = j[bounds[a] : bounds[a + 1]]
-        values = exact_similarity(x, x, np.full(len(b), start + a), start + b)
+        values = cosine_similarity(x, x, np.full(len(b), start + a), start + b)
         better = (values >= threshold) & ~(values <= similarity[b])
         keeper[b[better]] = start + a
         similarity[b[better]] = values[better]
@@ -304,6 +325,6 @@ def near_pairs(
             i, j = _nonzero(block @ part.T, threshold, a.dim, backend)
             found.append((left + i, right + j))
     i, j = (np.concatenate(c) for c in zip(*found, strict=True))
-    values = exact_similarity(a, b, i, j)
+    values = cosine_similarity(a, b, i, j)
     near = values >= threshold
     return i[near], j[near], values[near]

@@ -313,7 +313,7 @@ def most_alike(
         a, b = int(rows[there[first[at]]]), int(rows[there[second[at]]])
         if len(pairs) < _GROUPS and not shown & {a, b}:
             shown |= {a, b}
-            pairs.append(Group(a, "", Examples("", [b], [f"{similarity[at]:.3f}"]), 1))
+            pairs.append(Group(a, "", Examples("", [b], [_shown(similarity[at])]), 1))
     among = "" if len(rows) == len(sample) else f", among {len(there):,} of them"
     return [(f"The most alike that stayed{among}: a larger eps takes these first", pairs)]
 
@@ -323,7 +323,7 @@ def _group(sample: CatalogSample, rows: Any, keeper: Any, similarity: Any, names
     members = members[np.argsort(np.where(np.isfinite(similarity), similarity, 2)[members], kind="stable")][:_MEMBERS]
     kinds = sample.values(schema.DUPLICATE_BY, rows[members].tolist())
     notes = [
-        f"{s:.3f}" if np.isfinite(s) else _BY.get(kind, "") for s, kind in zip(similarity[members], kinds, strict=True)
+        _shown(s) if np.isfinite(s) else _BY.get(kind, "") for s, kind in zip(similarity[members], kinds, strict=True)
     ]
     first = int(members[0])
     row = int(keeper[first])
@@ -382,3 +382,8 @@ def errors(sample: CatalogSample) -> list[ErrorKind]:
         reason = str(reasons.pop()) if len(reasons) == 1 else pattern
         out.append(ErrorKind(status, reason, len(those), [str(k) for k in sample.values(schema.KEY, those[:3])]))
     return out
+
+
+def _shown(similarity: float) -> str:
+    """Return a similarity with as many digits as tell it from 1; 1 is exactly that."""
+    return next((t for d in range(3, 7) if not (t := f"{similarity:.{d}f}").startswith("1")), f"{similarity:.6f}")

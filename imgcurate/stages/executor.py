@@ -355,8 +355,9 @@ def make_program(
     for stage in stages:
         missing = [c for c in (*stage.needs, schema.STATUS, schema.REASON) if c not in have]
         if missing:
+            hint = ": give reader=ImageReaderStage()" if missing[0] == IMAGE else ""
             raise ConfigError(
-                f"stage {stage.name} needs the column {missing[0]!r}, and the frame has {', '.join(ddf.columns)}"
+                f"stage {stage.name} needs the column {missing[0]!r}, and the frame has {', '.join(ddf.columns)}{hint}"
             )
         have |= set(stage.adds)
     return Program(tuple(stages), reader, device, storage_options)
