@@ -23,7 +23,7 @@ from test_s3 import moto, s3  # noqa: F401 - fixtures
 
 from imgcurate import SemanticDedupStage
 from imgcurate.errors import ImgcurateError
-from imgcurate.storage import StorageError, list_files, read_bytes
+from imgcurate.storage import list_files, read_bytes
 from imgcurate.verification import verify_run
 
 CHAOS = Path(__file__).resolve().parents[1] / "scripts" / "chaos.py"
@@ -86,16 +86,17 @@ def test_a_disk_that_becomes_full(
     phase: str, disk: Path, shards: Path, undisturbed: dict[str, str], client: Client
 ) -> None:
     out = disk / "OUT"
+    # Of one partition that fails it is a StorageError, of two at once a PartitionsError.
 
     def progress(now: str, done: int, total: int, result: dict[str, Any]) -> None:
         if now == phase and done == 1:
             fill(disk)
 
-    with pytest.raises(StorageError, match="No space left on device") as caught:
+    with pytest.raises(ImgcurateError, match="No space left on device") as caught:
         pipeline(shards).run(str(out), client=client, progress=progress)
     assert "\n" not in str(caught.value)
     assert not verify_run(str(out)).ok
-    with pytest.raises(StorageError, match="No space left on device"):
+    with pytest.raises(ImgcurateError, match="No space left on device"):
         pipeline(shards).run(str(out), client=client)
     (disk / "ballast").unlink()
     pipeline(shards).run(str(out), client=client)
