@@ -106,9 +106,6 @@ def open_client(
                 cluster = _cpu_cluster(n_workers, dashboard_address)
         except (RuntimeError, OSError, TimeoutError) as exc:
             raise _not_started(exc) from exc
-        except ValueError as exc:
-            # Of dask-cuda, that there are fewer GPUs.
-            raise ConfigError(f"n_workers={n_workers}: {exc}") from exc
     with _closing(cluster), _closing(Client(cluster)) as client:
         try:
             client.run(_ignore_interrupts)
@@ -372,16 +369,20 @@ def _cuda_cluster(n_workers: int | None, tasks_per_gpu: int, dashboard_address: 
     # Those of torch and DALI. Dask sets one, and workers count theirs by this.
     threads = {"OMP_NUM_THREADS": max(1, min(_MOST_DECODING_THREADS, cores_per_gpu // tasks_per_gpu))}
     with dask.config.set({_WORKERS_ENVIRONMENT: {**dask.config.get(_WORKERS_ENVIRONMENT, {}), **threads}}):
-        return dask_cuda.LocalCUDACluster(
-            n_workers=n_workers,
-            # Those that have no share of the GPU read, hash and write files.
-            threads_per_worker=max(tasks_per_gpu, min(_MOST_THREADS_PER_GPU, cores_per_gpu)),
-            host=_LOOPBACK,
-            dashboard_address=dashboard_address,
-            **_rmm_options(os.environ.get("CUDA_VISIBLE_DEVICES", "")),
-            enable_cudf_spill=True,
-            resources={"GPU": 1},
-        )
+        try:
+            return dask_cuda.LocalCUDACluster(
+                n_workers=n_workers,
+                # Those that have no share of the GPU read, hash and write files.
+                threads_per_worker=max(tasks_per_gpu, min(_MOST_THREADS_PER_GPU, cores_per_gpu)),
+                host=_LOOPBACK,
+                dashboard_address=dashboard_address,
+                **_rmm_options(os.environ.get("CUDA_VISIBLE_DEVICES", "")),
+                enable_cudf_spill=True,
+                resources={"GPU": 1},
+            )
+        except ValueError as exc:
+            # That there are fewer GPUs than workers.
+            raise ConfigError(f"n_workers={n_workers}: {exc}") from exc
 
 
 def _rmm_options(devices: str) -> dict[str, Any]:

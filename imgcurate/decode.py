@@ -263,7 +263,7 @@ class Decoder:
             raise ImgcurateError(f"the GPU cannot decode any more: {str(error).splitlines()[0]}") from error
 
     def _run_bytes(self, blobs: Sequence[bytes]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
-        """Return the views of images that DALI decodes, one by one row, and their sizes of shape (n, 2)."""
+        """Return the views of images that DALI decodes, and their sizes of shape (n, 2)."""
         outputs = self._from_bytes.run(source=[np.frombuffer(blob, np.uint8) for blob in blobs])
         if len(outputs[0]) != len(blobs):
             raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(blobs)}: this is a bug")

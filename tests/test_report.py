@@ -391,3 +391,20 @@ def test_catalog_sample_reads_numbers_and_masks() -> None:
     assert np.isnan(rows.numbers("width")[1])
     assert np.isnan(rows.numbers("nothing")).all()
     assert rows.values("nothing", [0, 1]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("similarity", "shown"),
+    [
+        (0.5, "0.500"),
+        (-0.1234, "-0.123"),
+        (0.9994, "0.999"),
+        (0.99997, "0.99997"),
+        (0.9999994, "0.999999"),
+        (1.0, "1.000000"),
+    ],
+)
+def test_similarities_have_the_digits_that_tell_them_from_1(similarity: float, shown: str) -> None:
+    from imgcurate.report.findings import _shown
+
+    assert _shown(similarity) == shown

@@ -202,7 +202,7 @@ def find_probes(
     reach = np.sqrt(2 * config.largest_eps)
     likely = reach / np.sqrt(clustering.dimensions)
     band = 4 * rounding_error(x.shape[1])
-    distances = _apart(hashlib.blake2b(centroids.tobytes()).digest(), len(centroids))(centroids, labels)
+    distances = _apart(hashlib.blake2b(centroids.tobytes()).digest())(centroids, labels)
     for i in range(1, labels.shape[1]):
         limit = distances[:, i - 1] * ((reach if i < config.n_probe else min(reach, likely)) + _REACH_SLACK)
         farther = approximate[:, 0] - approximate[:, i]
@@ -218,7 +218,7 @@ def find_probes(
 class _Apart:
     """How far centroids lie apart; each pair is computed once, when it is first asked for.
 
-    Those of one row of clusters are asked for by nearly all parts, and few others by any.
+    Nearly all parts ask for the same pairs: those of clusters that lie next to each other.
     """
 
     def __init__(self) -> None:
@@ -246,9 +246,9 @@ class _Apart:
 
 
 @functools.lru_cache(maxsize=2)
-def _apart(digest: bytes, n_clusters: int) -> _Apart:
+def _apart(digest: bytes) -> _Apart:
     """Return what this process knows of the distances of some centroids."""
-    del digest, n_clusters
+    del digest
     return _Apart()
 
 
