@@ -77,12 +77,15 @@ def fingerprint(content: Mapping[str, Any]) -> str:
 
 
 def write_parquet(url: str, table: pa.Table, storage_options: StorageOptions | None = None) -> None:
-    """Write a table atomically; columns of lists of floats uncompressed, for they do not compress."""
+    """Write a table atomically; columns of lists of floats uncompressed, for they do not compress.
+
+    Of its metadata only what pandas needs is written.
+    """
     floats = {f"{f.name}.list.element" for f in table.schema if _is_float_list(f.type)}
     paths = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in table.schema]
     with atomic_write(url, storage_options) as out:
         pq.write_table(
-            table.replace_schema_metadata(None),
+            table.replace_schema_metadata(schema.pandas_metadata(table.schema)),
             out,
             row_group_size=_ROW_GROUP_ROWS,
             compression={p: "NONE" if p in floats else "ZSTD" for p in paths},
@@ -102,7 +105,7 @@ def read_parquet(
     """
     source = open_source(url, storage_options)
     try:
-        return read_table(source, columns)
+        return read_table(source, columns).replace_schema_metadata(None)
     except (pa.ArrowException, OSError, ValueError, KeyError) as exc:
         raise CatalogError(f"cannot read {url}: {exc}") from exc
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from imgcurate.console import (
     Keep,
     LogJson,
     MaxFailed,
+    OnlyReference,
     Output,
     Overwrite,
     Performance,
@@ -158,6 +160,7 @@ def curate(
     reference: Annotated[
         list[str] | None, typer.Option(help="Finished run whose kept samples stay kept; repeatable.")
     ] = None,
+    only_reference: OnlyReference = False,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Refuse larger images undecoded; 179 Mpx.")] = None,
     max_aspect_ratio: Annotated[float | None, typer.Option(min=1, help="Refuse more elongated images; 50.")] = None,
     min_size: Annotated[int | None, typer.Option(min=1, help="Leave out images with a shorter side.")] = None,
@@ -172,6 +175,10 @@ def curate(
     sidecars: Annotated[
         bool, typer.Option("--sidecars/--no-sidecars", help="Join the Parquet files beside tars, as of img2dataset.")
     ] = True,
+    text_column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="EXT", help="Make a column of the members .EXT, such as txt or json; repeatable."),
+    ] = None,
     storage_option: StorageOption = None,
     device: Device = "auto",
     workers: Workers = None,
@@ -223,17 +230,21 @@ def curate(
         stages.append(ExactDedupStage(keep_by=keep_by))
     if perceptual is not None:
         stages.append(PerceptualDedupStage(perceptual, keep_by=keep_by))
-    if embeds if dedup is None else dedup:
+    dedups = embeds if dedup is None else dedup
+    if not dedups and (reference or only_reference or eps_list):
+        raise ConfigError("--reference, --only-reference and --eps-list are for semantic deduplication: give --dedup")
+    if dedups:
         stages.append(
             SemanticDedupStage(
                 eps=eps, n_clusters=n_clusters if n_clusters is not None else "auto", which_to_keep=which_to_keep,
-                keep_by=keep_by, reference=reference or (), eps_list=eps_list or (),
+                keep_by=keep_by, reference=reference or (), only_reference=only_reference, eps_list=eps_list or (),
             )
         )  # fmt: skip
     limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "min_size": min_size}
     limits = {k: v for k, v in limits.items() if v is not None}
+    reading = {"text_columns": text_column or (), **limits}
     pipeline = _pipeline(
-        inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **limits
+        inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **reading
     )
     _execute(
         pipeline, output, dry_run=dry_run, as_json=as_json, quiet=quiet, device=device, n_workers=workers,
@@ -307,7 +318,7 @@ def _pipeline(
     batch_size: Any = "auto",
     storage_option: Sequence[str] = (),
     sidecars: bool = True,
-    **limits: Any,
+    **reading: Any,
 ) -> Any:
     from imgcurate.config import storage_options
     from imgcurate.pipeline import Pipeline
@@ -318,7 +329,7 @@ def _pipeline(
             FilePartitioningStage(
                 inputs, files_per_partition, storage_options(storage_option), "auto" if sidecars else ()
             ),
-            ImageReaderStage(dali_batch_size=batch_size, **limits),
+            ImageReaderStage(dali_batch_size=batch_size, **reading),
             *stages,
             ImageWriterStage(images_per_tar=images_per_tar),
         ]
@@ -330,6 +341,8 @@ def main() -> None:
     try:
         app()
     except StoppedError as exc:
+        # What Python and Dask do at the end is not to be stopped in the middle.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _fail("stopped", "run the same command again to go on", exc.exit_code)
     except ImgcurateError as exc:
         _fail("wrong usage" if isinstance(exc, ConfigError) else "failed", str(exc), exc.exit_code)

@@ -12,9 +12,11 @@ import os
 import signal
 import ssl
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +40,7 @@ _GIB: Final = 1024**3
 _MEMORY_PER_WORKER_BYTES: Final = 4 * _GIB
 _LOOPBACK: Final = "127.0.0.1"
 _CONNECT_S: Final = 15.0
+_CLOSE_S: Final = 30.0
 # How often a worker looks at its stack and at its event loop, which takes 3% of a core that an encoder has for itself.
 _USUAL_INTERVALS: Final = {"distributed.worker.profile.interval": "10ms", "distributed.admin.tick.interval": "20ms"}
 _RARER: Final = "100ms"
@@ -61,7 +64,7 @@ def open_client(
     Parameters
     ----------
     device : {"auto", "cpu", "gpu"}
-        GPUs give a ``LocalCUDACluster``, one worker per GPU, with an RMM pool that torch and CuPy
+        GPUs give a ``LocalCUDACluster``, one worker per GPU, with an RMM pool that cudf and CuPy
         share; the CPU a ``LocalCluster``.
     n_workers : int, optional
         Worker processes. By default one per GPU; on the CPU one per core as far as the memory
@@ -98,22 +101,24 @@ def open_client(
         return
     _check_main_guard()
     backend = get_backend(device)
-    with _worker_environment():
+    with contextlib.ExitStack() as stack:
         try:
-            if backend.is_gpu:
-                cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
-            else:
-                cluster = _cpu_cluster(n_workers, dashboard_address)
-        except (RuntimeError, OSError, TimeoutError) as exc:
-            raise _not_started(exc) from exc
-    with _closing(cluster), _closing(Client(cluster)) as client:
-        try:
-            client.run(_ignore_interrupts)
+            with _worker_environment(), _stops_deferred():
+                if backend.is_gpu:
+                    cluster = _cuda_cluster(n_workers, tasks_per_gpu, dashboard_address)
+                else:
+                    cluster = _cpu_cluster(n_workers, dashboard_address)
+                stack.enter_context(_closing(cluster))
+                client = stack.enter_context(_closing(Client(cluster)))
         except (RuntimeError, OSError, TimeoutError) as exc:
             raise _not_started(exc) from exc
         if dashboard_address is not None:
             logger.info("the dashboard of this run is %s", client.dashboard_link)
-        yield client
+        try:
+            yield client
+        except (KeyboardInterrupt, SystemExit):
+            _abandon(cluster)
+            raise
 
 
 def _not_started(exc: BaseException) -> ClusterError:
@@ -130,6 +135,21 @@ def _first_cause(exc: BaseException) -> str:
     return " ".join(str(exc).split()) or type(exc).__name__
 
 
+def _abandon(cluster: Any) -> None:
+    """Kill the workers of a cluster that is closed next: what they are at is of no use, and takes them a while."""
+
+    async def kill() -> None:
+        for nanny in cluster.workers.values():
+            # That they are not started again.
+            nanny.close_gracefully()
+            if (pid := nanny.pid) is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    with contextlib.suppress(TimeoutError, OSError, RuntimeError):
+        cluster.sync(kill)
+
+
 @contextlib.contextmanager
 def _closing(resource: Any) -> Iterator[Any]:
     """Close a client or cluster; that workers which died do not answer must not hide why they did."""
@@ -142,7 +162,7 @@ def _closing(resource: Any) -> Iterator[Any]:
         for each in silenced:
             each.setLevel(logging.CRITICAL)
         try:
-            resource.close()
+            resource.close(timeout=_CLOSE_S)
         except (TimeoutError, OSError, RuntimeError) as exc:
             logger.info("closing %s: %r", type(resource).__name__, exc)
         finally:
@@ -176,10 +196,27 @@ def _check_main_guard() -> None:
                 )
 
 
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C, which a terminal sends to all its processes, to the client: it ends the workers."""
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _stops_deferred() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the workers that are started in this context can be closed.
+
+    What is started in it never gets Ctrl-C, which a terminal sends to all its processes: signals that a thread blocks
+    are blocked in the threads and processes that it starts, also in those that come in the place of dead workers.
+    """
+    # Started later, by a thread that blocks it, this unblocks it there.
+    resource_tracker.ensure_running()
+    came: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number)) if in_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def cluster_device(client: Client, device: str) -> str:

@@ -17,6 +17,7 @@ from imgcurate.console import (
     Inputs,
     Json,
     Keep,
+    OnlyReference,
     Output,
     Overwrite,
     Quiet,
@@ -192,9 +193,7 @@ def dedup(
     reference: Annotated[
         list[str] | None, typer.Option(help="Embeddings whose rows stay in any case; repeatable.")
     ] = None,
-    only_reference: Annotated[
-        bool, typer.Option("--only-reference", help="Compare with the reference alone, as for an evaluation set.")
-    ] = False,
+    only_reference: OnlyReference = False,
     storage_option: StorageOption = None,
     device: Device = "auto",
     workers: Workers = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ __all__ = [
     "Keep",
     "LogJson",
     "MaxFailed",
+    "OnlyReference",
     "Output",
     "Overwrite",
     "Performance",
@@ -89,6 +91,9 @@ EpsList = Annotated[
     list[float] | None,
     typer.Option("--eps-list", min=0, max=1, help="Count what would stay by this eps too; repeatable."),
 ]
+OnlyReference = Annotated[
+    bool, typer.Option("--only-reference", help="Compare with the reference alone, as for an evaluation set.")
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
 TlsCa = Annotated[str | None, typer.Option("--tls-ca-file", help="PEM file of the CA of a tls:// scheduler.")]
@@ -134,34 +139,48 @@ class StoppedError(ImgcurateError):
     exit_code = 128 + signal.SIGINT
 
 
-class _TerminatedError(KeyboardInterrupt):
-    pass
-
-
 @contextmanager
 def running(quiet: bool, log: str | None = None) -> Iterator[Any]:
     """Yield a callback that shows progress; Ctrl-C and SIGTERM end what runs in this context, and say how to go on.
+
+    The second one says that it is ending, the third one ends the process at once.
 
     Raises
     ------
     StoppedError
         If one of them comes.
     """
-    before = signal.signal(signal.SIGTERM, _stop)
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with show_progress(quiet, log) as progress:
             yield progress
     except KeyboardInterrupt as exc:
         stopped = StoppedError()
-        stopped.exit_code = 128 + (signal.SIGTERM if isinstance(exc, _TerminatedError) else signal.SIGINT)
+        stopped.exit_code = 128 + (stop.first or signal.SIGINT)
         raise stopped from exc
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _stop(number: int, frame: Any) -> None:
-    del number, frame
-    raise _TerminatedError
+class _Stop:
+    """What Ctrl-C and SIGTERM do: the first ends the run in order, the third the process at once."""
+
+    first = 0
+    _times = 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        del frame
+        self._times += 1
+        if self._times == 1:
+            self.first = number
+            raise KeyboardInterrupt
+        if self._times == 2:
+            os.write(2, b"imgcurate: stopping; once more ends it at once\n")
+        else:
+            # As kill -9 would: what was finished is kept.
+            os._exit(128 + number)
 
 
 def run_command(

@@ -103,6 +103,7 @@ def _kept_columns(catalog: Catalog) -> list[str]:
 def _write_kept(catalog: Catalog, output: str, kept: int) -> int:
     columns = _kept_columns(catalog)
     out_schema = pa.schema([catalog.schema.field(name) for name in columns])
+    out_schema = out_schema.with_metadata(schema.pandas_metadata(out_schema))
     with (
         atomic_write(join_url(output, "kept.parquet")) as out,
         pq.ParquetWriter(out, out_schema, compression="zstd") as writer,

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import re
 import socket
 import time
 import uuid
@@ -25,6 +26,7 @@ from imgcurate.filesystems import shown_url
 from imgcurate.folders import file_url
 from imgcurate.liveness import known_workers
 from imgcurate.shards import Shard
+from imgcurate.stages.base import Stage
 from imgcurate.storage import (
     StorageError,
     StorageOptions,
@@ -39,7 +41,7 @@ from imgcurate.storage import (
     remove,
 )
 
-__all__ = ["check_storage", "check_versions"]
+__all__ = ["check_stages", "check_storage", "check_versions"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ _LATE_S: Final = 5.0
 _AT_ONCE: Final = 64
 _NAMED: Final = 4
 _HEAD_BYTES: Final = 64
+_REPR: Final = re.compile(r"""(\w+)\((["'])(.*)\2,?\)""")
 
 
 def check_versions(client: Client) -> None:
@@ -102,7 +105,7 @@ def check_versions(client: Client) -> None:
     for worker, found in there.items():
         for name, differs in _differences(wanted, found).items():
             (warnings if name in _OTHERS else errors).add(differs, worker)
-    scheduler = _on_scheduler(client)
+    scheduler = _scheduler_versions(client)
     for name, differs in _differences(here, scheduler).items():
         if name in _ON_SCHEDULER or (name in _THERE_ON_SCHEDULER and name not in scheduler):
             errors.add(differs, "the scheduler")
@@ -114,6 +117,45 @@ def check_versions(client: Client) -> None:
             f"the cluster cannot be used: {message}. Scheduler, workers and client need the same software: "
             "install the versions of the client everywhere, then start scheduler and workers again"
         )
+
+
+def check_stages(client: Client, stages: Iterable[Stage]) -> None:
+    """Refuse a cluster that cannot import the stages of the user's own.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        A connected client.
+    stages : iterable of Stage
+        What is to run; imgcurate's own are not tried.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler or a worker cannot, or a worker does not answer within 30 s.
+    """
+    faults = _Faults()
+    workers: list[str] = []
+    for stage in stages:
+        kind = type(stage)
+        if kind.__module__.startswith("imgcurate."):
+            continue
+        workers = workers or list(known_workers(client))
+        # They load it with the call.
+        answers = _ask(client, workers, _ignore, stage)
+        answers["the scheduler"] = client.sync(_on_scheduler, client, _ignore, stage)
+        for who, answer in answers.items():
+            if isinstance(answer, Exception):
+                faults.add(f"stage {kind.__module__}.{kind.__qualname__} is not loaded ({_words(answer)})", who)
+    if faults:
+        raise ClusterError(
+            f"the cluster cannot be used: {faults.told(_hosts(client, workers))}. The modules of your own stages must "
+            "be importable where scheduler and workers run: install them there, or name their folder in PYTHONPATH"
+        )
+
+
+def _ignore(loaded: object) -> None:
+    del loaded
 
 
 def check_storage(
@@ -208,14 +250,19 @@ async def _gather(
     return dict(zip(workers, await asyncio.gather(*map(ask, workers)), strict=True))
 
 
-def _on_scheduler(client: Client) -> dict[str, str]:
-    async def ask() -> Any:
-        return await asyncio.wait_for(client.run_on_scheduler(get_versions, _PACKAGES), _SILENT_S)
-
+async def _on_scheduler(client: Client, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function on the scheduler: return what it returns, or the exception that says why nothing came."""
     try:
-        return _versions(client.sync(ask))
-    except Exception as exc:
-        raise ClusterError(f"the scheduler does not tell its versions: {_words(exc)}") from exc
+        return await asyncio.wait_for(client.run_on_scheduler(function, *args), _SILENT_S)
+    except Exception as exc:  # noqa: BLE001 - whatever it is, the scheduler cannot be used
+        return exc
+
+
+def _scheduler_versions(client: Client) -> dict[str, str]:
+    answer = client.sync(_on_scheduler, client, get_versions, _PACKAGES)
+    if isinstance(answer, Exception):
+        raise ClusterError(f"the scheduler does not tell its versions: {_words(answer)}") from answer
+    return _versions(answer)
 
 
 def _words(exc: Exception) -> str:
@@ -225,7 +272,10 @@ def _words(exc: Exception) -> str:
         return "imgcurate is missing or older than the client's"
     if isinstance(exc, (TimeoutError, OSError)):
         return f"no answer within {_SILENT_S:.0f} s"
-    return f"{type(exc).__name__}: {' '.join(str(exc).split())}"
+    words = " ".join(str(exc).split())
+    if type(exc) is Exception and (raised := _REPR.fullmatch(words)):
+        return f"{raised[1]}: {raised[3]}"
+    return f"{type(exc).__name__}: {words}"
 
 
 def _hosts(client: Client, workers: Sequence[str]) -> dict[str, str]:

@@ -39,7 +39,7 @@ from imgcurate.parts import (
     write_decided,
 )
 from imgcurate.plan import Phase, Plan
-from imgcurate.preflight import check_storage, check_versions
+from imgcurate.preflight import check_stages, check_storage, check_versions
 from imgcurate.progress import progress_or_auto
 from imgcurate.report import is_wanted, make_report
 from imgcurate.results import REPORT, Result
@@ -159,6 +159,7 @@ class Run:
             else:
                 self.client = client or stack.enter_context(open_client(scheduler=scheduler, security=security))
                 check_versions(self.client)
+                check_stages(self.client, (stage for phase in self.plan.phases for stage in phase.stages))
                 self.device = cluster_device(self.client, device)
                 if (finished := self._finished(overwrite=overwrite, resume=resume)) is not None:
                     return finished

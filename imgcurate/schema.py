@@ -6,6 +6,7 @@ the ``meta`` that Dask wants follow from them. No other module spells a column's
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -75,6 +76,7 @@ __all__ = [
     "make_meta",
     "make_uid",
     "pandas_dtype",
+    "pandas_metadata",
     "split_uid",
 ]
 
@@ -254,6 +256,26 @@ def pandas_dtype(name: str, type_: pa.DataType) -> Any:
         masked = np.dtype(type_.to_pandas_dtype()).name.replace("u", "U").replace("int", "Int")
         return pd.api.types.pandas_dtype(masked)
     return pd.ArrowDtype(type_)
+
+
+def pandas_metadata(schema: pa.Schema) -> dict[str, str]:
+    """Return the metadata by which pandas reads whole numbers and booleans that may be null without loss.
+
+    As floats, which pandas takes by itself where some are null, hashes of 64 bits lose their last ones, and the parts
+    of a catalog differ in type.
+    """
+    columns = [
+        {
+            "name": f.name,
+            "field_name": f.name,
+            "pandas_type": str(f.type),
+            "numpy_type": str(pandas_dtype(f.name, f.type)),
+            "metadata": None,
+        }
+        for f in schema
+        if f.name not in _NEVER_NULL and (pa.types.is_integer(f.type) or pa.types.is_boolean(f.type))
+    ]
+    return {"pandas": json.dumps({"index_columns": [], "column_indexes": [], "columns": columns})} if columns else {}
 
 
 def make_meta(schema: pa.Schema) -> pd.DataFrame:

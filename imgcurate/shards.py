@@ -104,6 +104,8 @@ class _Contents:
         Size of the shard.
     files : sequence of str
         Of a shard of files the name of each member's, quoted.
+    image_column : str
+        Of a table the column of images.
     """
 
     scan: TarScan
@@ -112,6 +114,7 @@ class _Contents:
     read: Callable[[np.ndarray], Iterator[bytes]]
     nbytes: int
     files: Sequence[str] = ()
+    image_column: str = ""
 
 
 def index_shard(
@@ -151,7 +154,7 @@ def index_shard(
         members, problems = contents.scan.members, contents.scan.problems
         samples = group_members(members, problems, contents.rows)
         mark_damage(samples, contents.scan.damage, problems)
-        columns = _columns(samples, members, shard, shard_number, contents.files)
+        columns = _columns(samples, shard, shard_number, contents)
         columns |= _texts(contents, samples, texts)
         _mark_unreadable(columns, samples, contents.unreadable)
         nbytes = contents.nbytes
@@ -188,9 +191,10 @@ def _open(shard: Shard, storage_options: Mapping[str, Any] | None) -> Iterator[_
 
 
 def _archive_contents(source: Source, storage_options: Mapping[str, Any] | None) -> _Contents:
-    rows = None
+    rows, image_column = None, ""
     if isinstance(source, TableSource):
         scan, rows = source.scan()
+        image_column = source.image_column
     else:
         scan = scan_tar(source) if is_local(source.url) else scan_tar(source, window_bytes=_REMOTE_WINDOW_BYTES)
     members = scan.members
@@ -201,7 +205,8 @@ def _archive_contents(source: Source, storage_options: Mapping[str, Any] | None)
         yield from (source.pread(*r) for r in ranges) if is_local(source.url) else read_ranges(source, ranges)
 
     is_plain = not isinstance(source, (TableSource, ForwardSource))
-    return _Contents(scan, rows, {}, read, source.size if is_plain else file_size(source.url, storage_options))
+    nbytes = source.size if is_plain else file_size(source.url, storage_options)
+    return _Contents(scan, rows, {}, read, nbytes, image_column=image_column)
 
 
 def _mark_unreadable(columns: dict[str, pa.Array], samples: Samples, unreadable: Mapping[int, str]) -> None:
@@ -215,10 +220,8 @@ def _mark_unreadable(columns: dict[str, pa.Array], samples: Samples, unreadable:
     columns |= {schema.STATUS: pa.array(status, pa.string()), schema.REASON: pa.array(reason, pa.string())}
 
 
-def _columns(
-    samples: Samples, members: Members, shard: Shard, shard_number: int, files: Sequence[str]
-) -> dict[str, pa.Array]:
-    n = len(samples.keys)
+def _columns(samples: Samples, shard: Shard, shard_number: int, contents: _Contents) -> dict[str, pa.Array]:
+    n, members, files = len(samples.keys), contents.scan.members, contents.files
     image = _images(samples)
     if shard.files:
         image = _image_first(samples, image)
@@ -233,7 +236,7 @@ def _columns(
     ext[found] = samples.ext[image[found]]
     status, reason = np.where(found, 0, 1), np.full(n, "", object)
     for i in np.flatnonzero(~found):
-        reason[i] = _no_image(values.slice(bounds[i], bounds[i + 1] - bounds[i]))
+        reason[i] = _no_image(values.slice(bounds[i], bounds[i + 1] - bounds[i]), contents.image_column)
     if samples.damaged >= 0:
         status[samples.damaged], reason[samples.damaged] = 2, samples.reason
     statuses = pa.array([schema.STATUS_OK, schema.STATUS_NO_IMAGE, schema.STATUS_TAR_ERROR], pa.string())
@@ -289,7 +292,9 @@ def _file_spans(samples: Samples, members: Members, bounds: np.ndarray) -> pa.Ar
     return pa.ListArray.from_arrays((2 * bounds).astype(np.int32), pa.array(spans))
 
 
-def _no_image(exts: pa.Array) -> str:
+def _no_image(exts: pa.Array, image_column: str) -> str:
+    if image_column:
+        return f"column {printable(image_column)!r} has no bytes in this row; paths are not followed"
     more = len(exts) - _MEMBERS_SHOWN
     names = exts[:_MEMBERS_SHOWN].to_pylist()
     shown = ", ".join(printable(n if len(n) <= _EXT_SHOWN else f"{n[:_EXT_SHOWN]}...") for n in names)

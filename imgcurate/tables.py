@@ -116,6 +116,7 @@ class TableSource:
         self._source = source
         self._file = _open(source)
         self._layout = _Layout.of(self._file.schema, source.url)
+        self.image_column = self._layout.image
         self._segment: tuple[int, ForwardSource] | None = None
 
     def scan(self) -> tuple[TarScan, np.ndarray]:

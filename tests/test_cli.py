@@ -84,6 +84,22 @@ def test_curate_writes_the_documented_folder(run, shards: Path, tmp_path: Path) 
     assert (code, lines) == (0, ["72 samples in = 72 kept"])
 
 
+def test_curate_removes_what_is_near_an_evaluation_set(run, shards: Path, tmp_path: Path) -> None:
+    common = ("--encoder", "tiny-image", "--workers", "1", "--quiet")
+    code, _, err = run("curate", shards / "00000.tar", "-o", tmp_path / "EVAL", "--no-dedup", *common)
+    assert code == 0, err
+    arguments = ("curate", shards / "*.tar", "-o", tmp_path / "OUT", *common, "--text-column", "txt")
+    code, _, err = run(*arguments, "--reference", tmp_path / "EVAL", "--only-reference")
+    assert code == 0, err
+    rows = pq.read_table(tmp_path / "OUT" / "catalog").to_pylist()
+    gone = [r for r in rows if r["status"] == "duplicate"]
+    assert {r["key"] for r in rows if r["shard"].endswith("00000.tar")} <= {r["key"] for r in gone}
+    assert {r["duplicate_in"] for r in gone} == {str(tmp_path / "EVAL")}
+    assert any(r["txt"] for r in rows)
+    code, _, err = run(*arguments, "--reference", tmp_path / "EVAL", "--no-dedup")
+    assert (code, err.count("are for semantic deduplication")) == (2, 1)
+
+
 def test_run_does_what_a_file_says(run, shards: Path, tmp_path: Path) -> None:
     file = tmp_path / "pipeline.yaml"
     file.write_text(

@@ -7,14 +7,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import dask.dataframe as dd
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 from typer.testing import CliRunner
 
 from imgcurate import Pipeline, dedup_embeddings, export_run
-from imgcurate.catalog import Catalog
+from imgcurate.catalog import Catalog, read_parquet, write_parquet
 from imgcurate.cli import app
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.results import Result
@@ -70,6 +73,30 @@ def test_every_sample_is_in_one_table_and_embeddings_go_with_their_rows(run: Res
     x = np.load(tmp_path / "T" / "embeddings.npy")
     assert x.dtype == np.float32
     assert np.array_equal(x, np.stack(catalog.embedding[kept.uid]))
+
+
+def test_pandas_and_dask_read_whole_numbers_without_loss(run: Result, tmp_path: Path) -> None:
+    export_run(run.output_dir, str(tmp_path / "T"))
+    exact = {c: pq.read_table(f"{run.output_dir}/catalog")[c].to_pylist() for c in ("uid", "duplicate_of", "width")}
+    assert any(n is None for n in exact["duplicate_of"])
+    frame = pd.read_parquet(f"{run.output_dir}/catalog")
+    lazy = dd.read_parquet(f"{run.output_dir}/catalog", columns=["uid", "duplicate_of"])
+    assert lazy.dtypes["duplicate_of"] == lazy.partitions[0].compute().dtypes["duplicate_of"] == "Int64"
+    assert {str(d) for d in frame.dtypes[["uid", "width"]]} == {"int64", "int32"}
+    for name, values in exact.items():
+        assert [None if v is pd.NA else v for v in frame[name].tolist()] == values
+    sidecars = [pd.read_parquet(p) for p in sorted(Path(run.output_dir).glob("shards/*.parquet"))]
+    kept = pd.read_parquet(tmp_path / "T" / "kept.parquet")
+    assert {str(t.dtypes["cluster"]) for t in (frame, kept, *sidecars)} == {"Int32"}
+
+
+def test_hashes_beside_nulls_keep_their_bits(tmp_path: Path) -> None:
+    table = pa.table({"phash": pa.array([2**62 + 1, None]), "flag": [None, True], "embedding": [[1.0], None]})
+    write_parquet(str(tmp_path / "a.parquet"), table)
+    frame = pd.read_parquet(tmp_path / "a.parquet")
+    assert frame["phash"].tolist() == [2**62 + 1, pd.NA]
+    assert frame["flag"].tolist() == [pd.NA, True]
+    assert read_parquet(str(tmp_path / "a.parquet")).schema.metadata is None
 
 
 def test_clip_retrieval_folders_are_those_that_it_writes(run: Result, tmp_path: Path, client: Client) -> None:

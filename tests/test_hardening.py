@@ -19,6 +19,7 @@ from pathlib import Path
 import dask
 import held
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
@@ -305,6 +306,43 @@ def wait_for(condition, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 60
     while not condition() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stopped_while_workers_start(tmp_path: Path, shards: Path, number: int, workers: int) -> None:
+    process = start("curate", shards / "*.tar", "-o", tmp_path / "OUT", "--encoder", "tiny-image", "--workers", "2")
+    children = psutil.Process(process.pid).children
+
+    def spawned() -> list[psutil.Process]:
+        return [c for c in children() if "spawn_main" in " ".join(c.cmdline())]
+
+    wait_for(lambda: len(spawned()) >= workers, process)
+    started = spawned()
+    # A terminal's Ctrl-C goes to all.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 128 + number, err
+    assert err.splitlines()[-1] == "imgcurate: stopped: run the same command again to go on"
+    assert "Traceback" not in err
+    assert started
+    assert not psutil.wait_procs(started, timeout=30)[1]
+
+
+def test_the_third_ctrl_c_ends_the_process(tmp_path: Path) -> None:
+    script = tmp_path / "stops.py"
+    script.write_text(
+        "import os, signal, time\nfrom imgcurate.console import running\n"
+        "with running(quiet=True):\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(60)\n"
+        "    finally:\n        print('ends', flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n        print('goes on', flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stdout == "ends\ngoes on\n"
+    assert done.stderr == "imgcurate: stopping; once more ends it at once\n"
 
 
 def test_ctrl_c_says_how_to_go_on_and_a_kill_loses_nothing(

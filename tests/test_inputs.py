@@ -241,6 +241,7 @@ def test_rows_of_one_key_stay_rows_of_their_own(photos, encode, tmp_path: Path) 
     index = index_shard(str(tmp_path / "t.parquet"), 0, texts=("json",)).table
     assert column(index, schema.KEY) == ["a", "a", "b", "a"]
     assert column(index, schema.STATUS) == ["ok", "ok", "ok", "no_image"]
+    assert column(index, schema.REASON)[3] == "column 'jpg' has no bytes in this row; paths are not followed"
     assert [json.loads(j)["n"] for j in column(index, "json")] == [1, 2, 3, 4]
 
 

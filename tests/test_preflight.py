@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from distributed import Client, LocalCluster
 from imgcurate import preflight
 from imgcurate.cluster import open_client
 from imgcurate.errors import ClusterError, ConfigError
-from imgcurate.preflight import check_storage, check_versions
+from imgcurate.pipeline import Pipeline
+from imgcurate.preflight import check_stages, check_storage, check_versions
 from imgcurate.shards import Shard
+from imgcurate.stages import FilePartitioningStage, ImageReaderStage, ImageWriterStage, ProcessingStage
 from imgcurate.storage import StorageError, exclusive
 
 
@@ -122,6 +125,38 @@ def test_a_scheduler_without_imgcurate(daemons: Daemons, tmp_path: Path) -> None
         pytest.raises(ClusterError, match="imgcurate .* is not installed: the scheduler"),
     ):
         check_versions(client)
+
+
+def test_stages_that_cannot_be_imported_where_they_run(
+    daemons: Daemons, scheduler: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "stages_here_alone.py").write_text(
+        "from imgcurate import ProcessingStage\n\n\nclass Mine(ProcessingStage):\n    pass\n"
+    )
+    daemons.start("worker", scheduler, *WORKER, env={"PYTHONPATH": str(site)})
+    daemons.start("worker", scheduler, *WORKER)
+    monkeypatch.syspath_prepend(str(site))
+    from stages_here_alone import Mine
+
+    # As one of a notebook: it travels whole.
+    written_here = type("WrittenHere", (ProcessingStage,), {"__module__": "__main__"})
+    with open_client(scheduler=scheduler) as client:
+        has_it = {where: str(site) in path for where, path in client.run(lambda: sys.path).items()}
+        check_stages(client, [ImageWriterStage(), written_here()])
+        with pytest.raises(ClusterError, match="importable where scheduler and workers run") as error:
+            check_stages(client, [ImageWriterStage(), Mine()])
+        with pytest.raises(ClusterError, match=r"stage stages_here_alone\.Mine is not loaded"):
+            Pipeline([FilePartitioningStage([str(shards / "*.tar")]), ImageReaderStage(), Mine()]).run(
+                str(tmp_path / "OUT"), client=client
+            )
+    message = str(error.value)
+    assert "Mine is not loaded (ModuleNotFoundError: No module named 'stages_here_alone'): 2 workers: " in message
+    assert ", the scheduler" in message
+    assert sorted(has_it.values()) == [False, True]
+    assert [where in message for where in has_it] == [not there for there in has_it.values()]
+    assert not (tmp_path / "OUT").exists()
 
 
 def test_a_worker_that_is_silent_is_named(
