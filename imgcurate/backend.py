@@ -152,6 +152,11 @@ class Backend:
         return _GPU_BATCH if self.is_gpu else _CPU_BATCH
 
     @property
+    def host_threads(self) -> int:
+        """Threads for NumPy beside a GPU; on a CPU, whose workers have a core each, one."""
+        return torch.get_num_threads() if self.is_gpu else 1
+
+    @property
     def product_dtype(self) -> npt.DTypeLike:
         """Type of values whose products only pick candidates: half precision on a GPU, which sums in float32."""
         return np.float16 if self.is_gpu else np.float32
@@ -168,10 +173,14 @@ class Backend:
         nbytes = array.size * np.dtype(self.product_dtype).itemsize
         if nbytes > max(_RESIDENT_SHARE * total, min(_RESIDENT_SHARE_ALONE * total, _RESIDENT_SHARE_OF_FREE * free)):
             return None
-        operand = self.xp.empty(array.shape, self.product_dtype)
-        for start in range(0, len(array), _CARRIED_ROWS):
-            # The whole in float32 would need twice the room.
-            operand[start : start + _CARRIED_ROWS] = self.asarray(array[start : start + _CARRIED_ROWS])
+        try:
+            operand = self.xp.empty(array.shape, self.product_dtype)
+            for start in range(0, len(array), _CARRIED_ROWS):
+                # The whole in float32 would need twice the room.
+                operand[start : start + _CARRIED_ROWS] = self.asarray(array[start : start + _CARRIED_ROWS])
+        except MemoryError:
+            # Others were faster.
+            return None
         return operand
 
     def asarray(self, array: npt.NDArray[Any]) -> Any:

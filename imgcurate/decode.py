@@ -53,7 +53,6 @@ _MAX_GROUP_PIXELS: Final = {"cpu": 100_000_000, "gpu": 500_000_000}
 _SPARE: Final = 3
 _DIVISORS: Final = (8, 4, 2)
 
-_MAX_BATCH_RETRIES: Final = 4
 _BAD_SAMPLE: Final = re.compile(r"sample #(\d+)")
 
 
@@ -226,44 +225,43 @@ class Decoder:
     ) -> list[tuple[list[int], list[torch.Tensor], npt.NDArray[np.int64]]]:
         """Decode `todo`; what DALI cannot decode is appended to `rejected`.
 
-        DALI fails a batch as a whole. Its message mostly names the sample, which is taken out; if
-        it does not, or too many are bad, the images go through the graph one by one.
+        DALI fails a batch as a whole. Its message mostly names one sample, which is taken out, and the others are
+        decoded in two halves: so are those of a batch that a GPU has no memory for.
         """
-        todo = list(todo)
-        for _ in range(_MAX_BATCH_RETRIES):
-            if not todo:
-                return []
-            try:
-                images, sizes = self._run_bytes([blobs[i] for i in todo])
-            except RuntimeError as exc:
-                self._raise_if_of_the_device(exc)
-                named = {int(m) for m in _BAD_SAMPLE.findall(str(exc))}
-                bad = {todo[k] for k in named if k < len(todo)}
-                if not bad:
-                    break
-                rejected.extend(sorted(bad))
-                todo = [i for i in todo if i not in bad]
-                continue
-            return [(todo, images, sizes)]
         parts = []
-        for i in todo:
+        pending = [list(todo)] if todo else []
+        while pending:
+            group = pending.pop()
             try:
-                images, sizes = self._run_bytes([blobs[i]])
-            except RuntimeError as exc:
-                self._raise_if_of_the_device(exc)
-                rejected.append(i)
+                parts.append((group, *self._run_bytes([blobs[i] for i in group])))
                 continue
-            parts.append(([i], images, sizes))
+            except RuntimeError as exc:
+                if self._has_no_room(exc) and len(group) > 1:
+                    self.backend.free_memory()
+                    left = group
+                else:
+                    self._raise_if_of_the_device(exc)
+                    named = {int(m) for m in _BAD_SAMPLE.findall(str(exc))}
+                    bad = {group[k] for k in named if k < len(group)} or set(group if len(group) == 1 else ())
+                    rejected.extend(sorted(bad))
+                    left = [i for i in group if i not in bad]
+            half = (len(left) + 1) // 2
+            pending += [half_group for half_group in (left[half:], left[:half]) if half_group]
         return parts
+
+    def _has_no_room(self, error: Exception) -> bool:
+        return self.backend.is_gpu and is_out_of_memory(error)
 
     def _raise_if_of_the_device(self, error: Exception) -> None:
         """Raise an error that says nothing of the images: they would be called broken, one by one."""
-        if is_device_error(error) or (self.backend.is_gpu and is_out_of_memory(error)):
+        if is_device_error(error) or self._has_no_room(error):
             self.backend.free_memory()
             raise ImgcurateError(f"the GPU cannot decode any more: {str(error).splitlines()[0]}") from error
 
     def _run_bytes(self, blobs: Sequence[bytes]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
         """Return the views of images that DALI decodes, and their sizes of shape (n, 2)."""
+        # Without a stream this waits until all is decoded, and it has to: nvJPEG's hardware engine writes when it is
+        # called, and not in the order of the stream, so memory that kernels still read must not be given to it.
         outputs = self._from_bytes.run(source=[np.frombuffer(blob, np.uint8) for blob in blobs])
         if len(outputs[0]) != len(blobs):
             raise ImgcurateError(f"DALI returned {len(outputs[0])} images for {len(blobs)}: this is a bug")
@@ -288,7 +286,7 @@ class Decoder:
     ) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
         images = make_views(pixels, self.views, sizes=sizes, boxes=boxes, num_threads=self._num_threads)
         if schema.PIXEL_HASH in self.facts:
-            images.append(_hashes(pixels))
+            images.append(self._hashes(pixels))
         return images, np.array([p.shape[:2] for p in pixels] if sizes is None else sizes, np.int64)
 
     def _on_gpu(self, outputs: Sequence[Any]) -> tuple[list[torch.Tensor], npt.NDArray[np.int64]]:
@@ -296,8 +294,13 @@ class Decoder:
         images = self.backend.copies(outputs[:n_views], self._stream)
         shapes, *full = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in outputs[n_views:])
         if full:
-            images.append(_hashes([np.asarray(pixels) for pixels in full[0]]))
+            images.append(self._hashes([np.asarray(pixels) for pixels in full[0]]))
         return images, np.asarray(shapes.as_array(), dtype=np.int64)[:, :2]
+
+    def _hashes(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        """Return hashes of all pixels as rows of bytes, which take the way of a further view."""
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            return torch.from_numpy(np.stack(list(pool.map(pixels_hash, images))))
 
     def _assemble(
         self,
@@ -362,11 +365,6 @@ class Decoder:
         size = image.shape(device="cpu")
         views = [view_operators(image, view, fn.cast(size, dtype=types.FLOAT)) for view in self.views]
         return [*views, fn.cast(size, dtype=types.INT64), *([image] if schema.PIXEL_HASH in self.facts else [])]
-
-
-def _hashes(images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-    """Return hashes of all pixels as rows of bytes, which take the way of a further view."""
-    return torch.from_numpy(np.stack([pixels_hash(pixels) for pixels in images]))
 
 
 def _groups(index: Sequence[int], pixels: npt.NDArray[np.int64], most: int) -> Iterator[list[int]]:

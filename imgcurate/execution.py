@@ -27,7 +27,7 @@ from imgcurate.backend import lazy_frame
 from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, PartitionsError, printable
 from imgcurate.filesystems import StorageError
 from imgcurate.liveness import NO_WORKER_ERRORS, Liveness
-from imgcurate.memory import is_out_of_memory, keep_freed_memory
+from imgcurate.memory import is_device_error, is_out_of_memory, keep_freed_memory
 
 __all__ = [
     "COUNTS",
@@ -382,8 +382,11 @@ class _Waves:
             self._progress(self._phase, len(self._results), self._total, result)
 
     def _fail(self, number: int, error: BaseException, note: str = "") -> None:
-        """Take note of a partition that failed for good; end the run if that is a fault of a stage or of parameters."""
-        if not may_pass(error) and self._max_failed == 0:
+        """Take note of a partition that failed for good; end the run if that is a fault of a stage or of parameters.
+
+        And of a GPU, with which a worker can do nothing any more: all that it is given would fail.
+        """
+        if not may_pass(error) and (self._max_failed == 0 or is_device_error(error)):
             raise error
         self._first = self._first or error
         self._failed[number] = reason_of(error) + note

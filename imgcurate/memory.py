@@ -6,6 +6,7 @@ import collections
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any, Final
 
 from imgcurate.lazy import torch
@@ -48,32 +49,43 @@ class Holder:
         done.record(torch.cuda.default_stream())
         self._held.append((done, value))
         if len(self._held) > _HELD:
-            self._held.popleft()[0].synchronize()
+            self._release_first()
 
     def close(self) -> None:
         """Wait for the device, and keep nothing any more."""
         while self._held:
-            self._held[0][0].synchronize()
-            self._held.popleft()
+            self._release_first()
+
+    def _release_first(self) -> None:
+        # Taken out only then: what is not in the queue is gone.
+        self._held[0][0].synchronize()
+        self._held.popleft()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error, or what it was raised from, says that memory ran out; of any library."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(cause).__mro__):
-            return True
-        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in _OUT_OF_MEMORY_TEXTS):
-            return True
-        cause = cause.__cause__
-    return False
+    return any(
+        isinstance(cause, MemoryError)
+        or any(kind.__name__ == "OutOfMemoryError" for kind in type(cause).__mro__)
+        or (isinstance(cause, RuntimeError) and any(text in str(cause) for text in _OUT_OF_MEMORY_TEXTS))
+        for cause in _causes(error)
+    )
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Return whether an error is one of the GPU, and not of what it was given to do."""
-    return isinstance(error, RuntimeError) and (
-        type(error).__name__ == "AcceleratorError" or any(text in str(error) for text in _DEVICE_ERROR_TEXTS)
+    """Return whether an error, or what it was raised from, is one of the GPU, and not of what it was given to do."""
+    return any(
+        isinstance(cause, RuntimeError)
+        and (type(cause).__name__ == "AcceleratorError" or any(text in str(cause) for text in _DEVICE_ERROR_TEXTS))
+        for cause in _causes(error)
     )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 @functools.cache

@@ -78,8 +78,8 @@ def entropy(gray: torch.Tensor) -> torch.Tensor:
     """Return the Shannon entropy of the luma's histogram, 0 (flat) to 8 bits; float32 of shape (n,)."""
     n = len(gray)
     flat = gray.flatten(1).long()
-    bins = flat + 256 * torch.arange(n, device=gray.device)[:, None]
-    counts = torch.bincount(bins.reshape(-1), minlength=256 * n).reshape(n, 256)
+    one = torch.ones((), dtype=torch.int64, device=gray.device)
+    counts = torch.zeros((n, 256), dtype=torch.int64, device=gray.device).scatter_add_(1, flat, one.expand_as(flat))
     share = counts.double() / max(1, flat.shape[1])
     nats: torch.Tensor = torch.special.entr(share).sum(dim=1)
     return (nats / math.log(2)).float()

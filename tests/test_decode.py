@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import open_clip
 import pytest
@@ -52,6 +55,69 @@ def test_decode_survives_a_batch_of_images_that_only_dali_finds_bad(backend, pho
     }
     alone = make_decoder(backend).decode([blobs[11]])
     torch.testing.assert_close(decoded.images[CLIP][-1], alone.images[CLIP][0])
+
+
+def test_bad_images_of_a_batch_cost_some_runs_and_not_one_each(backend, photos, encode, monkeypatch) -> None:
+    blobs = [encode(photos[i % len(photos)]) for i in range(64)]
+    for i in (1, 9, 17, 33, 34, 63):
+        table = blobs[i].index(b"\xff\xc4") + 5
+        blobs[i] = blobs[i][:table] + b"\xff" * 16 + blobs[i][table + 16 :]
+    decoder = make_decoder(backend, batch_size=64)
+    runs = []
+    run_bytes = decoder._run_bytes
+    monkeypatch.setattr(decoder, "_run_bytes", lambda some: runs.append(len(some)) or run_bytes(some))
+    decoded = decoder.decode(blobs)
+    assert decoded.ok.sum() == 58
+    assert len(runs) < 24
+    alone = make_decoder(backend).decode([blobs[62]])
+    torch.testing.assert_close(decoded.images[CLIP][-1], alone.images[CLIP][0])
+
+
+def test_two_decoders_beside_an_encoder_do_not_mix_pixels(backend, photos, encode) -> None:
+    batches = [[encode(photos[(8 * k + i) % len(photos)], quality=60 + k) for i in range(8)] for k in range(6)]
+    expected = [make_decoder(backend).decode(b).images[CLIP].cpu() for b in batches]
+    load = torch.randn(1024, 1024, device=backend.torch_device)
+
+    def work(first: int) -> list[tuple[int, torch.Tensor]]:
+        decoder, found = make_decoder(backend), []
+        with contextlib.closing(backend.holder()) as holder:
+            for k in [*range(first, 6), *range(first)] * 3:
+                pixels = decoder.decode(batches[k]).images[CLIP]
+                for _ in range(4):
+                    load @ load
+                # Read on the stream of the stages, long after it was queued.
+                found.append((k, pixels.clone()))
+                holder.hold(pixels)
+        return [(k, made.cpu()) for k, made in found]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(work, (0, 3)):
+            assert all(torch.equal(made, expected[k]) for k, made in found)
+
+
+def test_a_batch_that_a_gpu_has_no_memory_for_is_decoded_in_parts(photos, encode, monkeypatch) -> None:
+    decoder = make_decoder(get_backend("cpu"))
+    decoder.backend = Backend("gpu")
+    freed, runs = [], []
+    monkeypatch.setattr(Backend, "free_memory", lambda _: freed.append(1))
+
+    def run(blobs: list[bytes]) -> tuple[list[torch.Tensor], np.ndarray]:
+        runs.append(len(blobs))
+        if len(blobs) > most:
+            raise RuntimeError("CUDA allocation failed")
+        views = torch.stack([torch.full((224, 224, 3), len(b) % 251, dtype=torch.uint8) for b in blobs])
+        return [views], np.full((len(blobs), 2), 224)
+
+    monkeypatch.setattr(decoder, "_run_bytes", run)
+    blobs, most = [encode(p) for p in photos[:10]], 3
+    decoded = decoder.decode(blobs)
+    assert decoded.ok.all()
+    assert decoded.images[CLIP][:, 0, 0, 0].tolist() == [len(b) % 251 for b in blobs]
+    assert runs == [10, 5, 3, 2, 5, 3, 2]
+    assert len(freed) == 3
+    most = 0
+    with pytest.raises(ImgcurateError, match="cannot decode any more"):
+        decoder.decode(blobs)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_assign_gives_the_nearest_centroids_in_any_blocks(backend: Backend, monk
     exact = x.astype(np.float64) @ centroids.astype(np.float64).T
     np.testing.assert_array_equal(labels, np.argsort(-exact, axis=1)[:, :3])
     np.testing.assert_allclose(similarity, np.take_along_axis(exact, labels.astype(int), axis=1), atol=1e-6)
-    monkeypatch.setattr(kmeans_module, "_BLOCK_VALUES", 9 * 7)
+    monkeypatch.setattr(kmeans_module, "_BLOCK_VALUES", {"cpu": 9 * 7, "gpu": 9 * 7})
     np.testing.assert_array_equal(assign(x, centroids, 3, backend)[0], labels)
 
 
@@ -137,11 +137,32 @@ def test_probes_are_the_same_in_any_blocks(backend: Backend, monkeypatch: pytest
     exact = x.astype(np.float64) @ clustering.centroids.astype(np.float64).T
     np.testing.assert_array_equal(cluster, exact.argmax(axis=1))
     np.testing.assert_allclose(similarity, exact.max(axis=1), atol=1e-12)
-    monkeypatch.setattr(kmeans_module, "_BLOCK_VALUES", 12 * 7)
-    for again, before in zip(
-        find_probes(x, clustering, DedupConfig(), backend), (cluster, similarity, probes), strict=True
-    ):
-        np.testing.assert_array_equal(again, before)
+    monkeypatch.setattr(kmeans_module, "_BLOCK_VALUES", {"cpu": 12 * 7, "gpu": 12 * 7})
+
+    def check() -> None:
+        again = find_probes(x, clustering, DedupConfig(), backend)
+        for now, before in zip(again, (cluster, similarity, probes), strict=True):
+            np.testing.assert_array_equal(now, before)
+
+    check()
+    monkeypatch.setattr(Backend, "host_threads", 3)
+    monkeypatch.setattr(kmeans_module, "_THREAD_ROWS", 101)
+    check()
+    # As for more centroids than have a table of their distances.
+    monkeypatch.setattr(kmeans_module, "_MOST_IN_TABLE", 1)
+    kmeans_module._apart.cache_clear()
+    check()
+
+
+def test_of_many_equally_near_centroids_the_first_are_taken(backend: Backend) -> None:
+    centroids = np.eye(40, dtype=np.float32)
+    x = unit(np.stack([np.ones(40), np.arange(40) >= 20, np.arange(40) == 7, np.where(np.arange(40) == 9, 2, 1)]))
+    labels, similarity = assign(np.repeat(x, 3, axis=0), centroids, 3, backend)
+    expected = [[0, 1, 2], [20, 21, 22], [7, 0, 1], [9, 0, 1]]
+    np.testing.assert_array_equal(labels, np.repeat(expected, 3, axis=0))
+    np.testing.assert_allclose(
+        similarity, np.repeat(np.take_along_axis(x, np.array(expected), 1), 3, axis=0), atol=1e-6
+    )
 
 
 def test_more_clusters_are_probed_where_borders_are_near(backend: Backend) -> None:

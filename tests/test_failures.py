@@ -150,6 +150,12 @@ def test_a_partition_that_kills_some_workers_and_then_none_is_done(nannies: Clie
     assert runs(tmp_path)[7] == 4
 
 
+def lose_device(number: int, folder: str, bad: dict[int, list[BaseException]]) -> dict[str, int]:
+    if number in bad:
+        raise ImgcurateError("stage x: one image") from RuntimeError("CUDA error: an illegal memory access")
+    return fail(number, folder, {})
+
+
 def caused(error: BaseException, cause: BaseException) -> BaseException:
     error.__cause__ = cause
     return error
@@ -183,6 +189,14 @@ def test_errors_that_pass_are_tried_again_alone(client: Client, tmp_path: Path) 
     assert results == squares(range(N))
     assert failed == {}
     assert runs(tmp_path) == Counter({n: 1 + len(bad.get(n, [])) for n in range(N)})
+
+
+def test_an_error_of_the_device_ends_the_run_though_partitions_may_fail(client: Client, tmp_path: Path) -> None:
+    failed: dict[int, str] = {}
+    run = build(lose_device, folder=str(tmp_path), bad={5: [], 7: []})
+    with pytest.raises(ImgcurateError, match="stage x: one image"):
+        run_waves(client, run, range(N), phase="work", failed=failed, max_failed=9)
+    assert failed == {}
 
 
 def test_errors_that_do_not_pass_after_all_are_counted(client: Client, tmp_path: Path) -> None:

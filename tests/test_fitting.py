@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from imgcurate import read_webdataset
 from imgcurate.backend import Backend
 from imgcurate.batches import ImageBatch, PixelView
 from imgcurate.errors import ConfigError, ImgcurateError
-from imgcurate.memory import is_out_of_memory
+from imgcurate.memory import Holder, is_device_error, is_out_of_memory
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder
 from imgcurate.stages import ImageReaderStage
 from imgcurate.stages.base import ProcessingStage
@@ -297,3 +298,45 @@ def test_the_encoder_takes_what_fits() -> None:
     whole, halved = encoder(pixels), encoder(pixels, at_most=2)
     assert seen == [3, 2, 1]
     torch.testing.assert_close(halved, whole, atol=1e-5, rtol=0)
+
+
+class Pixels:
+    """What can be referred to weakly."""
+
+
+def test_memory_is_kept_until_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Pixels]] = []
+    alive_while_waiting: list[bool] = []
+
+    class Event:
+        """One of a device that is asked for the first value that is waited for first."""
+
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self, stream: object) -> None:
+            assert stream == "stream"
+
+        def synchronize(self) -> None:
+            alive_while_waiting.append(held[len(alive_while_waiting)]() is not None)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "stream")
+    holder = Holder(on_gpu=True)
+    for number in range(5):
+        pixels = Pixels()
+        held.append(weakref.ref(pixels))
+        holder.hold(pixels)
+        del pixels
+        assert [r() is not None for r in held] == [k > number - 2 for k in range(number + 1)]
+    holder.close()
+    assert alive_while_waiting == [True] * 5
+    assert not any(r() for r in held)
+
+
+def test_errors_of_the_device_are_told_from_others() -> None:
+    error = ImgcurateError("stage x")
+    error.__cause__ = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert is_device_error(error)
+    assert not is_device_error(ImgcurateError("stage x: CUDA error"))
+    assert not is_device_error(RuntimeError("no such column"))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from imgcurate.backend import Backend, get_backend
+from imgcurate.backend import Backend, cpu_count, get_backend
 from imgcurate.dedup.config import DedupConfig
 from imgcurate.dedup.kmeans import fit_clustering
 from imgcurate.dedup.passes import Decisions, Pairs, Rows, across, choose, orphans_of, within
@@ -93,7 +93,7 @@ def dedup_arrays(
     if missing:
         raise ConfigError(f"keep_by needs the column {missing[0]!r}; given are {', '.join(given)}")
     backend = get_backend(device)
-    x, valid = unit_rows(embeddings)
+    x, valid = unit_rows(embeddings, cpu_count())
     index = np.flatnonzero(valid)
     x = x if len(index) == n else x[index]
     duplicate_of, cluster = np.full(n, -1, np.int64), np.full(n, -1, np.int32)
@@ -135,11 +135,14 @@ def _decide(rows: Rows, config: DedupConfig, backend: Backend) -> Decisions:
         ]
         taken = choose(Pairs.concat(pairs, rows.keys.shape[1]), rows.uid[kept])
         decisions = decisions.overridden(Decisions.stay(rows.uid[orphaned])).overridden(taken)
-        left = rows.take(orphaned & ~np.isin(rows.uid, taken.uid))
+        at = np.flatnonzero(orphaned)
+        at = at[~np.isin(rows.uid[at], taken.uid)]
+        left = rows.take(at)
         led = within(left, config, backend)
         leads = ~led.goes
         crossed = choose(across(left.at_home(leads), [left.away(leads)], config, backend))
         decisions = decisions.overridden(led).overridden(crossed)
-        orphaned = np.isin(rows.uid, left.uid[orphans_of(led, crossed)])
-        kept = np.isin(rows.uid, np.setdiff1d(left.uid[leads], crossed.uid[crossed.goes]))
+        kept, orphaned = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+        kept[at[leads & ~np.isin(left.uid, crossed.uid[crossed.goes])]] = True
+        orphaned[at[orphans_of(led, crossed)]] = True
     return decisions

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,10 +22,14 @@ from imgcurate.dedup.similarity import exact_similarity, rounding_error
 
 __all__ = ["Clustering", "assign", "find_probes", "fit_clustering"]
 
-_BLOCK_VALUES: Final = 8 * 1024 * 1024
+# Products at once, and rows that a thread takes at a time.
+_BLOCK_VALUES: Final = {"cpu": 8 * 1024 * 1024, "gpu": 64 * 1024 * 1024}
+_THREAD_ROWS: Final = 65_536
 _SPLIT_OVER: Final = 4.0
 _REACH_SLACK: Final = 1e-3
 _MAX_SPREAD_ROWS: Final = 8192
+# Centroids, all pairs of which are computed at once: 128 MiB.
+_MOST_IN_TABLE: Final = 4096
 # Of 16 bytes each.
 _MOST_PAIRS: Final = 16 * 1024 * 1024
 
@@ -145,7 +150,7 @@ def assign(
 
     Notes
     -----
-    Memory is one block of 8 M products beside `x`.
+    Memory is one block of 8 M products beside `x`, on a GPU of 64 M.
     """
     n_probe = min(n_probe, len(centroids))
     labels = np.zeros((len(x), n_probe), dtype=np.int32)
@@ -154,7 +159,7 @@ def assign(
         similarity[:, 0] = x @ centroids[0]
         return labels, similarity
     device_centroids = backend.asarray(centroids).T
-    rows = max(1, _BLOCK_VALUES // len(centroids))
+    rows = max(1, _BLOCK_VALUES[backend.name] // len(centroids))
     for start in range(0, len(x), rows):
         at = slice(start, start + rows)
         products = backend.asarray(x[at]) @ device_centroids
@@ -193,6 +198,19 @@ def find_probes(
     probes : ndarray of int32 of shape (n, p)
         p >= 1 further clusters; -1 where there is none.
     """
+    if backend.host_threads == 1 or len(x) <= _THREAD_ROWS:
+        return _find_probes(x, clustering, config, backend)
+    starts = range(0, len(x), _THREAD_ROWS)
+    with ThreadPoolExecutor(backend.host_threads) as pool:
+        # What is left of this to the host, float64 and ties, takes longer than the products on a GPU.
+        parts = list(pool.map(lambda s: _find_probes(x[s : s + _THREAD_ROWS], clustering, config, backend), starts))
+    cluster, similarity, probes = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return cluster, similarity, probes
+
+
+def _find_probes(
+    x: Floats, clustering: Clustering, config: DedupConfig, backend: Backend
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64], npt.NDArray[np.int32]]:
     centroids = clustering.centroids
     labels, approximate = assign(x, centroids, config.probes, backend)
     rows = np.arange(len(x))
@@ -216,16 +234,21 @@ def find_probes(
 
 
 class _Apart:
-    """How far centroids lie apart; each pair is computed once, when it is first asked for.
+    """How far centroids lie apart; each pair is computed once, of many centroids when it is first asked for.
 
     Nearly all parts ask for the same pairs: those of clusters that lie next to each other.
     """
 
     def __init__(self) -> None:
+        self._table: npt.NDArray[np.float64] | None = None
         self._known: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] = (np.empty(0, np.int64), np.empty(0))
 
     def __call__(self, centroids: Floats, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         """Return how far the first centroid of each row of labels lies from the others, (n, p - 1)."""
+        if len(centroids) <= _MOST_IN_TABLE:
+            if self._table is None:
+                self._table = _all_distances(centroids)
+            return self._table[labels[:, :1], labels[:, 1:]]
         first, others = labels[:, :1].astype(np.int64), labels[:, 1:].astype(np.int64)
         low, high = np.minimum(first, others), np.maximum(first, others)
         asked = low * len(centroids) + high
@@ -250,6 +273,18 @@ def _apart(digest: bytes) -> _Apart:
     """Return what this process knows of the distances of some centroids."""
     del digest
     return _Apart()
+
+
+def _all_distances(centroids: Floats) -> npt.NDArray[np.float64]:
+    """Return the distances of all pairs of centroids, (k, k)."""
+    rows = centroids.astype(np.float64)
+    squares = np.einsum("ij,ij->i", rows, rows)
+    table: npt.NDArray[np.float64] = rows @ rows.T
+    table *= -2
+    table += squares
+    table += squares[:, None]
+    np.sqrt(np.maximum(table, 0, out=table), out=table)
+    return table
 
 
 def _distances(centroids: Floats, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -284,11 +319,16 @@ def _nearest(
     top[rows] = np.take_along_axis(top[rows], order, axis=1)
     labels = top[:, :n_probe].astype(np.int32)
     values[rows] = np.take_along_axis(exact, order, axis=1)
-    for row in np.flatnonzero(tied[:, n_probe - 1 :].any(axis=1)):
-        near = np.flatnonzero(backend.to_host(products[row]) >= values[row, n_probe - 1] - band)
-        similarity = exact_similarity(x, centroids, np.full(len(near), row), near)
-        best = np.lexsort((near, -similarity))[:n_probe]
-        labels[row], values[row, :n_probe] = near[best], similarity[best]
+    # Here it is: more centroids may be as near as the last one.
+    last = np.flatnonzero(tied[:, n_probe - 1 :].any(axis=1))
+    if len(last):
+        lowest = values[last, n_probe - 1] - values.dtype.type(band)
+        near = xp.nonzero(products[backend.asarray(last)] >= backend.asarray(lowest)[:, None])
+        at, column = (backend.to_host(each) for each in near)
+        similarity = exact_similarity(x, centroids, last[at], column)
+        order = np.lexsort((column, -similarity, at))
+        best = order[np.searchsorted(at, np.arange(len(last)))[:, None] + np.arange(n_probe)]
+        labels[last], values[last, :n_probe] = column[best], similarity[best]
     return labels, values[:, :n_probe]
 
 

@@ -156,16 +156,18 @@ class Decisions(Records):
 
     def overridden(self, later: Decisions) -> Decisions:
         """Return these decisions, with those of `later` in place of them where it has any for a row."""
-        order = np.argsort(later.uid)
-        at = np.minimum(np.searchsorted(later.uid, self.uid, sorter=order), max(0, len(order) - 1))
-        if not len(order):
+        if not len(later):
             return self
-        found = later.uid[order[at]] == self.uid
-        new = later.take(order[at])
-        return Decisions(
-            self.uid,
-            *(np.where(found, getattr(new, n), getattr(self, n)) for n in ("keeper", "keeper_name", "similarity")),
-        )
+        order = np.argsort(later.uid)
+        known = later.uid[order]
+        at = np.minimum(np.searchsorted(known, self.uid), len(known) - 1)
+        found = np.flatnonzero(known[at] == self.uid)
+        new = later.take(order[at[found]])
+        changed = Decisions(self.uid, self.keeper.copy(), self.keeper_name.copy(), self.similarity.copy())
+        changed.keeper[found] = new.keeper
+        changed.keeper_name[found] = new.keeper_name
+        changed.similarity[found] = new.similarity
+        return changed
 
 
 @dataclass(frozen=True)

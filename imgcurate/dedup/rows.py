@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
@@ -19,13 +20,15 @@ __all__ = ["has_direction", "make_rows", "sample_mask", "sample_order", "unit_ro
 _NORM_ROWS: Final = 8192
 
 
-def unit_rows(x: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+def unit_rows(x: npt.NDArray[Any], n_threads: int = 1) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """Return rows divided by their length, and the mask of those that have one.
 
     Parameters
     ----------
     x : ndarray of shape (n, d)
         Embeddings; rows of zeros, and rows with a value that is not finite, have no direction.
+    n_threads : int
+        How many threads share the work.
 
     Returns
     -------
@@ -36,7 +39,8 @@ def unit_rows(x: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray
     """
     out = np.zeros(x.shape, dtype=np.float32)
     valid = np.zeros(len(x), dtype=bool)
-    for start in range(0, len(x), _NORM_ROWS):
+
+    def divide(start: int) -> None:
         at = slice(start, start + _NORM_ROWS)
         block = x[at].astype(np.float64)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -46,6 +50,14 @@ def unit_rows(x: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray
             block[odd], norm[odd] = _scaled(block[odd])
         valid[at] = norm > 0
         np.divide(block, np.where(norm > 0, norm, 1)[:, None], out=out[at], casting="same_kind")
+
+    starts = range(0, len(x), _NORM_ROWS)
+    if n_threads == 1 or len(starts) == 1:
+        for start in starts:
+            divide(start)
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(divide, starts))
     return out, valid
 
 

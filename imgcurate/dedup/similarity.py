@@ -32,6 +32,7 @@ _BLOCK_ROWS: Final = 512
 _GPU_BLOCK_ROWS: Final = 4096
 _SLICE_ROWS: Final = 16_384
 _EXACT_ROWS: Final = 8192
+_PAIRS_PER_ROW: Final = 8
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -185,7 +186,8 @@ def greedy_keep(
         if only_fixed:
             continue
         _within_block(block, x, keeper[start:], similarity[start:], start, threshold, backend)
-        kept.add(start + np.flatnonzero(keeper[start:stop] < 0))
+        if stop < n:
+            kept.add(start + np.flatnonzero(keeper[start:stop] < 0))
     return keeper, similarity
 
 
@@ -294,11 +296,14 @@ def _within_block(
     later = j > i
     i, j = i[later], j[later]
     bounds = np.searchsorted(i, np.arange(len(block) + 1))
+    # All at once, unless most of them may be those of rows that turn out to go.
+    known = cosine_similarity(x, x, start + i, start + j) if len(i) <= _PAIRS_PER_ROW * len(block) else None
     for a in np.unique(i):
         if keeper[a] >= 0:
             continue
-        b = j[bounds[a] : bounds[a + 1]]
-        values = cosine_similarity(x, x, np.full(len(b), start + a), start + b)
+        at = slice(bounds[a], bounds[a + 1])
+        b = j[at]
+        values = known[at] if known is not None else cosine_similarity(x, x, np.full(len(b), start + a), start + b)
         better = (values >= threshold) & ~(values <= similarity[b])
         keeper[b[better]] = start + a
         similarity[b[better]] = values[better]

@@ -197,13 +197,13 @@ class _Results:
 
     def take_drops(self, k: int, stage: ProcessingStage, positions: npt.NDArray[np.int64], batch: ImageBatch) -> None:
         for mask, reason, status in batch.drops:
-            self._drops.append((k, positions, mask, reason, status or stage.name))
+            self._drops.append((k, positions, _leaving(mask), reason, status or stage.name))
         batch.drops = []
 
     def take_columns(self, positions: npt.NDArray[np.int64], batch: ImageBatch) -> None:
         for name in self._types:
             if name != IMAGE:
-                self._parts.setdefault(name, []).append((positions, batch[name]))
+                self._parts.setdefault(name, []).append((positions, _leaving(batch[name])))
 
     def apply_rules(self, stages: Sequence[ProcessingStage]) -> None:
         """Set status and reason: drops and rules in the order of the stages; the first one counts."""
@@ -268,6 +268,18 @@ class _Results:
             return pc.if_else(pa.array(valid), full.take(pa.array(taken)), pa.scalar(None, type_))
         except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as exc:
             raise ConfigError(f"column {name!r} was declared as {type_} and does not hold such values: {exc}") from exc
+
+
+def _leaving(values: Any) -> Any:
+    """Return values of a batch on their way to the host: there once the device has done what is queued now.
+
+    At the end of a partition it would be asked for them behind all that other tasks have queued by then, once for each
+    batch and column.
+    """
+    if not getattr(values, "is_cuda", False):
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values.detach(), non_blocking=True)
 
 
 def _host(values: Any) -> npt.NDArray[Any]:
@@ -378,6 +390,9 @@ def frame_types(ddf: dd.DataFrame) -> dict[str, pa.DataType]:
         dtype = ddf._meta[name].dtype
         if isinstance(dtype, pd.ArrowDtype):
             types[name] = dtype.pyarrow_dtype
+        elif callable(getattr(dtype, "to_arrow", None)):
+            # cudf's types of lists, decimals and structs.
+            types[name] = dtype.to_arrow()
         elif isinstance(dtype, pd.StringDtype) or dtype.kind == "O":
             types[name] = pa.string()
         else:

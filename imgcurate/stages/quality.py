@@ -212,6 +212,8 @@ def _check_range(column: str, bounds: Any) -> None:
 
 def _or_null(values: torch.Tensor, valid: torch.Tensor) -> npt.NDArray[Any]:
     """Return whole numbers as objects, None where they are not valid: NaN would not hold 64 bits."""
-    out = values.cpu().numpy().astype(object)
-    out[~valid.cpu().numpy()] = None
+    # One copy from the device, not two.
+    words, are_valid = torch.stack([values, valid.to(values.dtype)]).cpu().numpy()
+    out: npt.NDArray[Any] = words.astype(object)
+    out[are_valid == 0] = None
     return out

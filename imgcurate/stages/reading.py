@@ -33,7 +33,8 @@ from imgcurate.storage import StorageError, is_local, read_ahead, read_bytes, re
 __all__ = ["FilePartitioningStage", "ImageReaderStage", "read_images", "read_pixels"]
 
 _T = TypeVar("_T")
-_MAX_CHUNK_BYTES: Final = 128 * 1024**2
+# Of a GPU's batch, which is filled up to its full size, it is to be rare that a part is cut off.
+_MAX_CHUNK_BYTES: Final = {"cpu": 128 * 1024**2, "gpu": 1024**3}
 _FILE_THREADS: Final = 16
 
 
@@ -204,7 +205,8 @@ def read_pixels(
     }
     borrow = IsolatedDecoder if isolated else borrow_decoder
     with borrow(views, backend, **options) as decoder:
-        chunks = prefetch(_read_chunks(table, wanted, max(size, 1), storage_options), depth=1)
+        read = _read_chunks(table, wanted, max(size, 1), storage_options, _MAX_CHUNK_BYTES[backend.name])
+        chunks = prefetch(read, depth=1)
         yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
 
 
@@ -216,14 +218,16 @@ def _refused(nbytes: npt.NDArray[np.int64], limit: int) -> Decoded:
     )
 
 
-def _cut(wanted: npt.NDArray[np.int64], lengths: Sequence[int], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Cut rows into batches of at most `size`, and of a bounded number of bytes."""
+def _cut(
+    wanted: npt.NDArray[np.int64], lengths: Sequence[int], size: int, most_bytes: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Cut rows into batches of at most `size`, and of at most so many bytes."""
     start = 0
     while start < len(wanted):
         stop, nbytes = start, 0
         while stop < len(wanted) and stop - start < size:
             nbytes += lengths[wanted[stop]]
-            if stop > start and nbytes > _MAX_CHUNK_BYTES:
+            if stop > start and nbytes > most_bytes:
                 break
             stop += 1
         yield wanted[start:stop]
@@ -249,18 +253,22 @@ def read_images(
     StorageError
         If a shard cannot be read, or is not as it was.
     """
-    for chunk in _read_chunks(table, np.arange(len(table)), size, storage_options):
+    for chunk in _read_chunks(table, np.arange(len(table)), size, storage_options, _MAX_CHUNK_BYTES["cpu"]):
         yield list(zip(chunk.positions.tolist(), chunk.blobs, strict=True))
 
 
 def _read_chunks(
-    table: pa.Table, wanted: npt.NDArray[np.int64], size: int, storage_options: Mapping[str, Any] | None
+    table: pa.Table,
+    wanted: npt.NDArray[np.int64],
+    size: int,
+    storage_options: Mapping[str, Any] | None,
+    most_bytes: int,
 ) -> Iterator[_Chunk]:
     rows = table.select([schema.SHARD, schema.FILES, schema.OFFSET, schema.NBYTES]).to_pydict()
     shards, files, offsets, lengths = rows.values()
     last = None
     with Archives(storage_options, limit=1) as archives:
-        for positions in _cut(wanted, lengths, size):
+        for positions in _cut(wanted, lengths, size, most_bytes):
             chunk = _Chunk(positions)
             for url, group in itertools.groupby(positions.tolist(), key=shards.__getitem__):
                 members = list(group)
