@@ -190,7 +190,7 @@ class Manifest:
         The stages with their parameters, the inputs and the versions that the fingerprint covers.
     state : {"running", "growing", "clearing", "done"}
         ``done`` once every phase ended and the accounting was checked; ``growing`` while what was decided
-        before more inputs came is taken back; ``clearing`` while what another run left is deleted.
+        before more inputs came, or otherwise, is taken back; ``clearing`` while what another run left is deleted.
     n_parts : int
         Parts of the catalog.
     samples : int

@@ -41,6 +41,7 @@ from imgcurate.console import (
     Workers,
     app,
     one_of,
+    refuse_options,
     run_command,
     show_estimate,
     show_result,
@@ -128,6 +129,7 @@ def demo(
     epilog="Example: imgcurate curate 'shards/*.tar' -o OUT --min-aesthetic 0.5 --max-nsfw 0.5 --eps 0.05",
 )
 def curate(
+    ctx: typer.Context,
     inputs: Inputs,
     output: Output,
     encoder: Annotated[str, typer.Option(help="open_clip model; tiny-image (needs no weights); or none.")] = "ViT-L-14",
@@ -156,7 +158,7 @@ def curate(
     which_to_keep: Keep = "hard",
     keep_by: Annotated[
         list[str], typer.Option(help="What decides first who stays; repeatable. '-' prefers the larger.")
-    ] = ["-width*height", "-nbytes"],  # noqa: B006 - typer copies it
+    ] = [*schema.LARGEST_FIRST],  # noqa: B006 - typer copies it
     reference: Annotated[
         list[str] | None, typer.Option(help="Finished run whose kept samples stay kept; repeatable.")
     ] = None,
@@ -231,8 +233,11 @@ def curate(
     if perceptual is not None:
         stages.append(PerceptualDedupStage(perceptual, keep_by=keep_by))
     dedups = embeds if dedup is None else dedup
-    if not dedups and (reference or only_reference or eps_list):
-        raise ConfigError("--reference, --only-reference and --eps-list are for semantic deduplication: give --dedup")
+    if not dedups:
+        # Who says --no-dedup may leave the others as they are, but not those by which samples leave without it too.
+        moot = ["reference", "only_reference", "eps_list", *([] if dedup is False else ["eps", "n_clusters"])]
+        moot += [] if dedup is False or exact_dedup or perceptual is not None else ["which_to_keep", "keep_by"]
+        refuse_options(ctx, moot, "does nothing without semantic deduplication, which takes an --encoder, and --dedup")
     if dedups:
         stages.append(
             SemanticDedupStage(

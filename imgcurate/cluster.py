@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 _GIB: Final = 1024**3
 _MEMORY_PER_WORKER_BYTES: Final = 4 * _GIB
 _LOOPBACK: Final = "127.0.0.1"
+_MOST_WORKERS: Final = 64
 _CONNECT_S: Final = 15.0
 _CLOSE_S: Final = 30.0
 # How often a worker looks at its stack and at its event loop, which takes 3% of a core that an encoder has for itself.
@@ -95,6 +96,8 @@ def open_client(
     """
     if n_workers is not None and n_workers < 1:
         raise ConfigError(f"n_workers={n_workers} should be >= 1")
+    if n_workers is not None and scheduler is None and n_workers > (most := max(_MOST_WORKERS, 8 * cpu_count())):
+        raise ConfigError(f"n_workers={n_workers} processes are more than this machine can use: at most {most}")
     if scheduler is not None:
         with _connect(scheduler, security) as client:
             yield client

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from imgcurate import schema
 from imgcurate.console import (
     Device,
     EpsList,
@@ -31,10 +31,12 @@ from imgcurate.console import (
     Workers,
     app,
     one_of,
+    refuse_options,
     run_command,
     running,
     security,
     show_result,
+    show_table,
 )
 from imgcurate.errors import printable
 
@@ -50,6 +52,7 @@ _MAX_EXTENSIONS: Final = 30
     epilog="Example: imgcurate refilter OUT -o OUT2 --min-aesthetic 0.55 --eps 0.03",
 )
 def refilter(
+    ctx: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a finished run.")],
     output: Output,
     min_aesthetic: Annotated[float | None, typer.Option(min=0, max=1, help="Keep aesthetic_score >= F.")] = None,
@@ -86,7 +89,13 @@ def refilter(
     """Decide a finished run anew, without decoding an image: what is not given stays as it was."""
     from imgcurate.config import quality_ranges, storage_options
     from imgcurate.refiltering import refilter as decide
+    from imgcurate.refiltering import stages_of
 
+    if dedup is False:
+        moot = ["eps", "n_clusters", "eps_list", "which_to_keep", "reference"]
+        refuse_options(ctx, moot, "does nothing beside --no-dedup")
+    if no_perceptual:
+        refuse_options(ctx, ["perceptual"], "does nothing beside --no-perceptual")
     changes: dict[str, dict[str, Any]] = {
         "ImageAestheticFilterStage": {"score_threshold": min_aesthetic},
         "ImageNSFWFilterStage": {"score_threshold": max_nsfw},
@@ -110,6 +119,9 @@ def refilter(
     given |= {stage: None for stage, wanted in asked.items() if wanted is False}
     if no_perceptual:
         given["PerceptualDedupStage"] = None
+    if (semantic := given.get("SemanticDedupStage")) is not None and "SemanticDedupStage" not in stages_of(run):
+        # It is added, as `curate` would have had it.
+        semantic.setdefault("keep_by", [*schema.LARGEST_FIRST])
     result = run_command(
         partial(decide, run, output, given, storage_options=storage_options(storage_option or [])),
         device=device, n_workers=workers, scheduler=scheduler, tls=(tls_ca_file, tls_cert, tls_key),
@@ -237,7 +249,6 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=1))
         return
-    console = Console()
     table = Table()
     table.add_column("shard", overflow="fold")
     for name in ("samples", "with image", "members", "bytes", "problems"):
@@ -247,7 +258,7 @@ def inspect(
         table.add_row(
             escape(printable(shard.url)), *numbers, ", ".join(f"{n} {kind}" for kind, n in shard.problems.items())
         )
-    console.print(table)
+    show_table(table)
     if len(report.shards) > _MAX_SHARD_ROWS:
         typer.echo(f"... and {len(report.shards) - _MAX_SHARD_ROWS:,} more shards")
     for line in report.details[:_MAX_PROBLEM_ROWS]:
@@ -269,6 +280,9 @@ def verify(
     as_json: Json = False,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls_ca_file: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     quiet: Quiet = False,
 ) -> None:
     """Prove that a run is whole, and that every byte is as in its input. Exit code 1 if not."""
@@ -278,8 +292,9 @@ def verify(
     options = storage_options(storage_option or [])
     with running(quiet or as_json) as progress:
         done = verify_run(
-            output, storage_options=options, quick=quick, scheduler=scheduler, n_workers=workers, progress=progress
-        )
+            output, storage_options=options, quick=quick, scheduler=scheduler, n_workers=workers, progress=progress,
+            security=security(scheduler, (tls_ca_file, tls_cert, tls_key)),
+        )  # fmt: skip
     typer.echo(json.dumps(done.as_dict(), indent=1) if as_json else "\n".join(done.lines(_MAX_PROBLEM_ROWS)))
     if not done.ok:
         raise typer.Exit(1)

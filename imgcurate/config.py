@@ -185,7 +185,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         The file.
     overrides : sequence of str
         ``key.key=value`` each, in place of what the file says: values are YAML, list items are named by their
-        place, and stages by their name too.
+        place, and stages by their name too; those of one's own also by that of their class.
 
     Raises
     ------
@@ -301,14 +301,27 @@ def _override(content: dict[str, Any], text: str) -> None:
     except (yaml.YAMLError, RecursionError) as exc:
         raise ConfigError(f"--set {text}: the value is not valid YAML: {' '.join(str(exc).split())}") from exc
     place: Any = content
-    for i, key in enumerate(parents):
-        place = _step(place, key, text, ".".join(parents[:i]))
+    done = 0
+    while done < len(parents):
+        # The name of a stage of one's own has dots in it.
+        words = next((n for n in range(len(parents) - done, 1, -1) if _is_named(place, parents[done : done + n])), 1)
+        place = _step(place, ".".join(parents[done : done + words]), text, ".".join(parents[:done]))
+        done += words
     if isinstance(place, dict):
         place[last] = value
     elif isinstance(place, list) and last.isdigit() and int(last) < len(place):
         place[int(last)] = value
     else:
         raise ConfigError(f"--set {text}: {'.'.join(parents)} has nothing to set {last!r} in")
+
+
+def _names(place: list[Any]) -> list[str]:
+    """Return the names of the entries of a list of stages."""
+    return [entry if isinstance(entry, str) else next(iter(entry), "") for entry in place]
+
+
+def _is_named(place: Any, words: Sequence[str]) -> bool:
+    return isinstance(place, list) and ".".join(words) in _names(place)
 
 
 def _step(place: Any, key: str, text: str, where: str) -> Any:
@@ -319,7 +332,10 @@ def _step(place: Any, key: str, text: str, where: str) -> Any:
         return place[key]
     if not isinstance(place, list):
         raise ConfigError(f"--set {text}: {where or 'the file'} is {place!r}, which holds nothing named {key!r}")
-    names = [entry if isinstance(entry, str) else next(iter(entry), "") for entry in place]
+    names = _names(place)
+    if key not in names and [name.rpartition(".")[2] for name in names].count(key) == 1:
+        # The class of a stage of one's own, without its module.
+        key = next(name for name in names if name.rpartition(".")[2] == key)
     if key.isdigit() and int(key) < len(place):
         number = int(key)
     elif names.count(key) == 1:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
@@ -48,13 +48,16 @@ __all__ = [
     "Workers",
     "app",
     "one_of",
+    "refuse_options",
     "run_command",
     "running",
     "security",
     "show_estimate",
     "show_result",
+    "show_table",
 ]
 
+_FILE_COLUMNS: Final = 400
 _ORDER: Final = tuple("demo init curate run report refilter export verify inspect dedup doctor schema".split())
 
 
@@ -125,6 +128,20 @@ MaxFailed = Annotated[
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try partitions again that failed in a done run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and how long it takes; do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object.")]
+
+
+def refuse_options(ctx: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse options of a command that would do nothing.
+
+    Raises
+    ------
+    ConfigError
+        If one of these parameters was given.
+    """
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")
 
 
 class StoppedError(ImgcurateError):
@@ -245,8 +262,13 @@ def show_estimate(pipeline: Any, output: str, *, device: str, n_workers: int | N
     table.add_column(overflow="fold")
     for what, text in estimate.lines():
         table.add_row(escape(printable(what)), escape(printable(text)))
-    Console().print(table)
+    show_table(table)
     typer.echo("nothing was done (--dry-run)")
+
+
+def show_table(table: Table) -> None:
+    """Print a table: as wide as a terminal; what is read by others, or kept in a file, is not folded."""
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _FILE_COLUMNS).print(table)
 
 
 def show_result(result: Any, as_json: bool) -> None:

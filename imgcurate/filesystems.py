@@ -44,6 +44,7 @@ _WORTH_A_RETRY: Final = frozenset({408, 425, 429})
 _NOT_THERE: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # Wrong addresses, options and names: ValueError is also what libraries raise for certificates.
 _WRONG_USE: Final = (ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
+_REDIRECTS: Final = "TooManyRedirects"
 _NO_CREDENTIALS: Final = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 )
@@ -182,7 +183,7 @@ def _is_permanent(exc: Exception) -> bool:
     if (
         getattr(exc, "errno", None) == errno.ENOSPC
         or isinstance(exc, _NOT_THERE)
-        or type(exc).__name__ in _NO_CREDENTIALS
+        or type(exc).__name__ in (*_NO_CREDENTIALS, _REDIRECTS)
     ):
         return True
     status = _status(exc)
@@ -230,6 +231,8 @@ def _words(exc: BaseException) -> str:
         return f"no such file{f' ({_words(why)})' if why is not None else ''}"
     if isinstance(exc, PermissionError) or status in (401, 403):
         return f"access denied ({text or status}): do the credentials in use allow it?"
+    if name == _REDIRECTS:
+        return "the server redirects in a circle"
     if isinstance(exc, TimeoutError):
         return f"no answer in time{f' ({text})' if text else ''}"
     return text or name

@@ -26,12 +26,12 @@ from imgcurate.archives import open_archive
 from imgcurate.errors import InputError
 from imgcurate.extensions import IMAGE_EXTENSIONS, TABLE_ENDINGS, TAR_ENDINGS
 from imgcurate.folders import file_url, list_folder, quoted, stem
+from imgcurate.patterns import expand_urls
 from imgcurate.samples import split_key
 from imgcurate.shards import Shard
 from imgcurate.sidecars import NO_SIDECARS, Sidecars
 from imgcurate.storage import (
     StorageOptions,
-    expand_urls,
     file_size,
     is_folder,
     is_local,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from imgcurate.catalog import Manifest, fingerprint
 from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.results import REPORT
+from imgcurate.stages.base import DatasetStage
+from imgcurate.stages.registry import STAGES
+from imgcurate.stages.writer import ImageWriterStage
 from imgcurate.storage import free_bytes, join_url, list_files, remove, remove_temporary_files, remove_tree
 from imgcurate.success import Success
 
-__all__ = ["PIPELINE", "difference", "find_run", "grown", "open_run"]
+__all__ = ["PIPELINE", "difference", "find_run", "grown", "open_run", "redecided", "warn_of_lost"]
 
+logger = logging.getLogger(__name__)
 _FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
 PIPELINE: Final = "pipeline.yaml"
 """The file of an output folder that says what was run, as ``imgcurate run`` takes it."""
@@ -39,7 +47,7 @@ def find_run(
     resume : bool
         Whether the same run has to be there.
     grows : bool
-        Whether the same run over fewer inputs will do.
+        Whether the same run over fewer inputs will do, and one that is not done and decides otherwise later on.
 
     Raises
     ------
@@ -50,7 +58,7 @@ def find_run(
     if (
         manifest is not None
         and manifest.fingerprint != fingerprint(config)
-        and not (grows and grown(manifest.config, config))
+        and not (grows and _goes_on(manifest, config, resume=resume))
     ):
         done = [n for n in list_files(join_url(folder, work), "") if not n.startswith(".")]
         nothing_done = manifest.state == "running" and not done
@@ -76,6 +84,34 @@ def grown(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return _only_more(old.get("inputs"), new.get("inputs")) and {**old, "inputs": None} == {**new, "inputs": None}
 
 
+def _goes_on(manifest: Manifest, config: dict[str, Any], *, resume: bool) -> bool:
+    """Return whether what the first phase of another run has made is what this one begins with."""
+    if manifest.state == "clearing":
+        return False
+    return grown(manifest.config, config) or (
+        not resume and manifest.state != "done" and redecided(manifest.config, config)
+    )
+
+
+def redecided(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether two configurations differ only in stages that come after all images are looked at."""
+    stages = [config.get("stages") for config in (old, new)]
+    if not all(isinstance(s, list) for s in stages):
+        return False
+    first = [list(itertools.takewhile(_looks_at_images, s)) for s in stages if s is not None]
+    return first[0] == first[1] and {**old, "stages": None} == {**new, "stages": None}
+
+
+def _looks_at_images(stage: dict[str, Any]) -> bool:
+    """Return whether the entry of a stage is that of one which reads, or works batch by batch."""
+    name = stage["stage"]
+    if "." in name:
+        # Of stages of one's own those that work batch by batch tell their rules.
+        return "rules" in stage
+    kind = STAGES.get(name)
+    return kind is None or not issubclass(kind, DatasetStage | ImageWriterStage)
+
+
 def _only_more(before: Any, now: Any) -> bool:
     """Return whether inputs are others, then more."""
     if not isinstance(before, list) or not isinstance(now, list):
@@ -97,12 +133,13 @@ def open_run(
 ) -> Manifest:
     """Start a run in an output folder, or find the one that is to go on; see :func:`find_run`.
 
-    The state of a run whose inputs have grown is ``growing``: what was decided over the old ones has to be
-    taken back.
+    The state of a run whose inputs have grown, or that is to decide otherwise, is ``growing``: what was decided has
+    to be taken back.
     """
     digest = fingerprint(config)
     manifest = find_run(folder, config, work=work, overwrite=overwrite, resume=resume, grows=grows)
-    if manifest is not None and grows and manifest.state != "clearing" and grown(manifest.config, config):
+    is_other = manifest is not None and manifest.fingerprint != digest
+    if manifest is not None and grows and is_other and _goes_on(manifest, config, resume=resume):
         manifest.fingerprint, manifest.config, manifest.n_parts = digest, config, n_parts
         manifest.increments, manifest.source = list(increments), source or {}
         manifest.state, manifest.exporting = "growing", False
@@ -126,6 +163,17 @@ def open_run(
         Success.withdraw(folder)
         remove_temporary_files(folder)
     return manifest
+
+
+def warn_of_lost(folder: str) -> bool:
+    """Whether files of a run that is done are gone or cut; say so, for it is made whole then."""
+    lost = Success.lost_from(folder)
+    if lost:
+        logger.warning(
+            "of the finished run in %s %d files are gone or cut (%s): it is made whole again",
+            folder, len(lost), lost[0],
+        )  # fmt: skip
+    return bool(lost)
 
 
 def _check_space(folder: str) -> None:
@@ -155,8 +203,15 @@ def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
                     return difference(a[i], b[i], f"{a[i].get('stage', f'{where}[{i}]')}.")
                 return f"{where}[{i}]: {a[i]} there, {b[i]} asked for"
             return _list_difference(where, a, b)
-        return f"{where}: {a} there, {b} asked for"
+        return f"{where}: {_shown(key, a)} there, {_shown(key, b)} asked for"
     return "the same configuration"
+
+
+def _shown(key: str, value: Any) -> str:
+    """Return a value for people: a time in ns since 1970 as a date."""
+    if key != "modified" or not str(value).isdecimal():
+        return str(value)
+    return f"{np.datetime64(int(value), 'ns').astype('datetime64[ms]').item()} UTC"
 
 
 def _list_difference(where: str, old: list[Any], new: list[Any]) -> str:

@@ -17,7 +17,7 @@ from imgcurate.results import Result, html_table
 from imgcurate.runner import Run
 from imgcurate.stages.base import Stage, check_count, columns_added, stage_config
 from imgcurate.stages.registry import pipeline_yaml
-from imgcurate.storage import is_local, local_path
+from imgcurate.storage import check_output, is_local, local_path
 
 __all__ = ["Pipeline", "Result"]
 
@@ -148,6 +148,7 @@ class Pipeline:
         folder = output_dir if output_dir is not None else plan.writer.output_dir if plan.writer else None
         if not folder:
             raise ConfigError("no output folder: name it in run(output_dir) or ImageWriterStage(output_dir)")
+        check_output(folder)
         folder = str(Path(local_path(folder)).absolute()) if is_local(folder) else folder
         check_count("max_failed", max_failed, 0)
         origin = ShardOrigin(plan, folder)

@@ -14,7 +14,7 @@ from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Stage, c
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage
 
-__all__ = ["Phase", "Plan", "make_phases", "make_plan"]
+__all__ = ["Phase", "Plan", "check_numbers", "make_phases", "make_plan"]
 
 # Which stage gives a column, and how the command line asks for it.
 _MAKERS: Final[Mapping[str, tuple[str, str]]] = {
@@ -27,6 +27,11 @@ _MAKERS: Final[Mapping[str, tuple[str, str]]] = {
         for c in (schema.CONTENT_HASH, schema.PIXEL_HASH, schema.PHASH)
     },
 }
+
+
+_NUMBERS: Final = (
+    pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean, pa.types.is_null,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
         for column in stage.needs:
             if column not in types:
                 raise ConfigError(_missing(stage, column, types, removed))
+        check_numbers(stage, types)
         stage.check(encoder)
         _check_statuses(stage)
         added = columns_added(stage)
@@ -183,6 +189,20 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
         removed |= gone
     types.pop(IMAGE, None)
     return types
+
+
+def check_numbers(stage: Stage, types: Mapping[str, pa.DataType]) -> None:
+    """Check that columns hold numbers of which a stage computes an order.
+
+    Raises
+    ------
+    ConfigError
+        If one is of another type.
+    """
+    for column in stage.numbers if isinstance(stage, DatasetStage) else ():
+        type_ = types[column]
+        if not any(is_(type_) for is_ in _NUMBERS):
+            raise ConfigError(f"{stage.name}: keep_by: the column {column!r} does not hold numbers, but {type_}")
 
 
 def _check_statuses(stage: Stage) -> None:

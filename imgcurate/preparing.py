@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from imgcurate.console import Json, app
+from imgcurate.console import Json, app, show_table
 from imgcurate.errors import ConfigError, printable
 
 __all__ = ["doctor", "init", "schema"]
@@ -79,7 +78,7 @@ def doctor(
             colour = _COLOURS[f.state]
             cells = (escape(printable(text)) for text in (f.what, f.found, f.cure))
             table.add_row(f"[{colour}]{f.state}[/{colour}]", *cells)
-        Console().print(table)
+        show_table(table)
         typer.echo("runs would fail: see the problems above" if problems else "ready")
     if problems:
         raise typer.Exit(1)

@@ -28,7 +28,7 @@ from imgcurate.errors import ConfigError, InputError
 from imgcurate.execution import Progress
 from imgcurate.inputs import describe_shards, find_shards
 from imgcurate.origins import Origin
-from imgcurate.plan import Plan, make_phases
+from imgcurate.plan import Plan, check_numbers, make_phases
 from imgcurate.results import Result
 from imgcurate.runner import Run
 from imgcurate.shards import Shard
@@ -37,9 +37,9 @@ from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, co
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.registry import find_stage, make_stage
 from imgcurate.stages.writer import ImageWriterStage
-from imgcurate.storage import StorageOptions, exists, is_local, local_path
+from imgcurate.storage import StorageOptions, check_output, exists, is_local, local_path
 
-__all__ = ["refilter"]
+__all__ = ["refilter", "stages_of"]
 
 Changes = Mapping[str, Mapping[str, Any] | None]
 _READS: Final = (FilePartitioningStage.__name__, ImageReaderStage.__name__)
@@ -76,7 +76,8 @@ def refilter(
         By the name of a stage, the parameters that change: ``{"ImageAestheticFilterStage":
         {"score_threshold": 0.55}, "SemanticDedupStage": {"eps": 0.03}}``. None leaves the stage out. Of
         stages that look at images thresholds can change (``score_threshold``, ``ranges``), of deduplication
-        and ``ImageWriterStage`` everything. A deduplication that the run did not have is added at its end.
+        and ``ImageWriterStage`` everything. A deduplication that the run did not have is added at its end,
+        where parameters that are not given are those of the class.
     storage_options : mapping, optional
         Passed to fsspec for the inputs of the run.
     client, scheduler, security, device, n_workers, overwrite, resume, report, progress
@@ -100,6 +101,7 @@ def refilter(
     like, which decide what is decoded, stay as they were. Samples that a stage of one's own dropped in its
     ``process()``, not by rules, cannot be decided anew: such a run is refused.
     """
+    check_output(output_dir)
     run, output_dir = (str(Path(local_path(f)).absolute()) if is_local(f) else f for f in (run, output_dir))
     if f"{output_dir.rstrip('/')}/".startswith(f"{run.rstrip('/')}/") or run.startswith(f"{output_dir.rstrip('/')}/"):
         how = "is the run itself" if output_dir.rstrip("/") == run.rstrip("/") else f"and {run} lie one in the other"
@@ -114,6 +116,17 @@ def refilter(
         client=client, scheduler=scheduler, security=security, device=device, n_workers=n_workers,
         overwrite=overwrite, resume=resume, report=report,
     )  # fmt: skip
+
+
+def stages_of(run: str) -> list[str]:
+    """Return the names of the stages of a finished run.
+
+    Raises
+    ------
+    InputError
+        If `run` is no finished run.
+    """
+    return [entry["stage"] for entry in Manifest.of_finished(run).config["stages"]]
 
 
 class _Rules(ProcessingStage):
@@ -213,6 +226,7 @@ def _plan(decided: Sequence[_Recorded], origin: _CatalogOrigin, run: str) -> Pla
             raise ConfigError(
                 f"{stage.name} needs the column {missing[0]!r}, which {run} does not have: it takes a run that decodes"
             )
+        check_numbers(stage, types)
         types |= columns_added(stage) if isinstance(stage, DatasetStage) else {}
     return Plan(FilePartitioningStage(""), ImageReaderStage(), make_phases(deciding), writer, types)
 

@@ -26,7 +26,7 @@ from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_nam
 from imgcurate.inputs import CHANGED
 from imgcurate.liveness import gpu_share
 from imgcurate.origins import Origin
-from imgcurate.outputs import PIPELINE, find_run, open_run
+from imgcurate.outputs import PIPELINE, find_run, open_run, warn_of_lost
 from imgcurate.parts import (
     FILE,
     count_part,
@@ -57,7 +57,7 @@ from imgcurate.storage import (
     remove_temporary_files,
     remove_tree,
 )
-from imgcurate.success import SUCCESS, FileDigest, Success, file_digest
+from imgcurate.success import FileDigest, Success, file_digest
 from imgcurate.timeline import Timeline
 
 __all__ = ["Run"]
@@ -176,25 +176,13 @@ class Run:
             return None
         if self._retries(manifest):
             return None
-        if lost := self._lost():
-            logger.warning(
-                "of the finished run in %s %d files are gone or cut (%s): it is made whole again",
-                self.folder, len(lost), lost[0],
-            )  # fmt: skip
+        if warn_of_lost(self.folder):
             return None
         if exists(checkpoints := Catalog(self.folder, 0).checkpoint_folder):
             # The run was killed when all but this was done.
             with exclusive(self.folder):
                 clear_away(checkpoints)
         return self._result(manifest)
-
-    def _lost(self) -> list[str]:
-        """Return the files of a run that is done which are not there any more as they were."""
-        try:
-            success = Success.load(self.folder)
-        except CatalogError:
-            success = None
-        return [SUCCESS] if success is None else success.lost(self.folder)
 
     def _retries(self, manifest: Manifest) -> bool:
         """Whether partitions that failed in a run which is done are to be tried again."""
@@ -218,7 +206,7 @@ class Run:
 
     def _execute(self, manifest: Manifest) -> Result:
         catalog = Catalog(self.folder, self.origin.n_parts)
-        lost = self._lost() if manifest.state == "done" else []
+        lost = Success.lost_from(self.folder) if manifest.state == "done" else []
         if manifest.state == "done" and (lost or self._retries(manifest)):
             for name in lost:
                 remove(join_url(self.folder, name))

@@ -40,6 +40,7 @@ __all__ = [
     "HEIGHT",
     "INDEX_COLUMNS",
     "KEY",
+    "LARGEST_FIRST",
     "MEMBERS",
     "NBYTES",
     "NSFW_SCORE",
@@ -135,6 +136,8 @@ RESERVED_STATUSES: Final = UNREADABLE | {STATUS_OK, STATUS_DUPLICATE, STATUS_TOO
 """Statuses that no stage gives to what it drops by a rule or a mask."""
 
 UID_SHARD_BITS: Final = 32
+LARGEST_FIRST: Final = (f"-{WIDTH}*{HEIGHT}", f"-{NBYTES}")
+"""What decides first, on the command line and by hashes, which of several duplicates stays."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,7 @@ def _mark_unreadable(columns: dict[str, pa.Array], samples: Samples, unreadable:
 
 def _columns(samples: Samples, shard: Shard, shard_number: int, contents: _Contents) -> dict[str, pa.Array]:
     n, members, files = len(samples.keys), contents.scan.members, contents.files
-    image = _images(samples)
+    image = _images(samples, alike=not contents.image_column)
     if shard.files:
         image = _image_first(samples, image)
     found = image >= 0
@@ -257,13 +257,16 @@ def _columns(samples: Samples, shard: Shard, shard_number: int, contents: _Conte
     }
 
 
-def _images(samples: Samples) -> np.ndarray:
-    """Return each sample's image among the members of all samples, -1 where there is none."""
+def _images(samples: Samples, *, alike: bool) -> np.ndarray:
+    """Return each sample's image among the members of all samples, -1 where there is none.
+
+    Where no member is an image by its extension, with `alike` one is by the end of it: ``seg.png``.
+    """
     image = np.full(len(samples.keys), -1)
     exact = np.array([e in IMAGE_EXTENSIONS for e in samples.exts], bool)
-    alike = np.array([e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in samples.exts], bool)
+    ends_alike = np.array([alike and e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in samples.exts], bool)
     refused = np.array([e in REFUSED_EXTENSIONS for e in samples.exts], bool)
-    for wanted in (refused, alike, exact):
+    for wanted in (refused, ends_alike, exact):
         candidates = np.flatnonzero(wanted[samples.ext])[::-1]
         # Of several values for one place NumPy keeps the last: here the first member.
         image[samples.sample[candidates]] = candidates

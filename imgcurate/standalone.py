@@ -37,7 +37,7 @@ from imgcurate.dedup.vector_files import VectorFiles, find_vectors
 from imgcurate.dedup.vectors import unified_type
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, InputError
 from imgcurate.execution import Progress
-from imgcurate.outputs import find_run, open_run
+from imgcurate.outputs import find_run, open_run, warn_of_lost
 from imgcurate.preflight import check_storage, check_versions
 from imgcurate.progress import progress_or_auto
 from imgcurate.stages.dedup_frames import client_runner
@@ -45,15 +45,18 @@ from imgcurate.stages.deduplication import save_summary
 from imgcurate.storage import (
     StorageOptions,
     atomic_write,
+    check_output,
     clear_away,
     exclusive,
     is_local,
     join_url,
+    list_files,
     local_path,
     make_folder,
     read_bytes,
     remove_temporary_files,
 )
+from imgcurate.success import Success, file_digest
 
 __all__ = ["DedupedEmbeddings", "dedup_embeddings"]
 
@@ -134,8 +137,8 @@ def dedup_embeddings(
     client, scheduler, security, device, n_workers, overwrite, progress
         As in :meth:`Pipeline.run`.
     **parameters
-        As in :class:`imgcurate.dedup.DedupConfig`. Ties go to the row that is first in the files, in the
-        order of their URLs; ``uid`` in ``keep_by`` is the number of a row in that order.
+        As in :class:`imgcurate.dedup.DedupConfig`. Ties go to the smaller id; of texts and bytes to any, but
+        always to the same one. ``uid`` in ``keep_by`` is the number of a row, of files in the order of their URLs.
 
     Returns
     -------
@@ -161,6 +164,7 @@ def dedup_embeddings(
     find = partial(
         find_vectors, id_field=id_field, embedding_field=embedding_field, input_options=storage_options
     )  # fmt: skip
+    check_output(output_dir)
     folder = str(Path(local_path(output_dir)).absolute()) if is_local(output_dir) else output_dir
     columns = config.keep_order.columns
     files = find(inputs, columns=[c for c in columns if c != schema.UID], output=folder)
@@ -227,7 +231,7 @@ class _Run:
         manifest = find_run(self.folder, self._identity, work=_WORK, overwrite=overwrite)
         if manifest is None or manifest.state != "done" or manifest.fingerprint != fingerprint(self._identity):
             return None
-        return self._result(manifest)
+        return None if warn_of_lost(self.folder) else self._result(manifest)
 
     def execute(self, run_tasks: TaskRunner, *, overwrite: bool) -> DedupedEmbeddings:
         """Do what is missing of the run, and return its result."""
@@ -235,7 +239,10 @@ class _Run:
         make_folder(self.folder)
         with exclusive(self.folder):
             manifest = open_run(self.folder, identity, self.files.n_parts, work=_WORK, overwrite=overwrite)
-            if manifest.state != "done":
+            if manifest.state != "done" or Success.lost_from(self.folder):
+                Success.withdraw(self.folder)
+                manifest.state = "running"
+                manifest.save(self.folder)
                 self._dedup(manifest, run_tasks)
             return self._result(manifest)
 
@@ -262,6 +269,12 @@ class _Run:
             _join_parts(join_url(self.folder, f"{name}.parquet"), url, self.files.n_parts, writer.schemas[name])
         manifest.samples = rows
         manifest.counts = {schema.STATUS_OK: rows - gone, schema.STATUS_DUPLICATE: gone}
+        names = [
+            *(f"{name}.parquet" for name in parts),
+            *(f"dedup/{n}" for n in list_files(f"{self.folder}/dedup", "")),
+        ]
+        files = {name: file_digest(join_url(self.folder, name)) for name in sorted(names)}
+        Success(manifest.fingerprint, rows, manifest.counts, files).save(self.folder)
         manifest.state = "done"
         manifest.save(self.folder)
         clear_away(join_url(self.folder, "checkpoint"))

@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Final, Protocol
 
-from braceexpand import braceexpand
-
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.filesystems import StorageError, StorageOptions, filesystem, protocol_of, retry, shown_url
 from imgcurate.objects import open_remote
@@ -32,10 +30,10 @@ __all__ = [
     "StorageError",
     "StorageOptions",
     "atomic_write",
+    "check_output",
     "clear_away",
     "exclusive",
     "exists",
-    "expand_urls",
     "file_size",
     "free_bytes",
     "is_folder",
@@ -57,7 +55,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_MAX_BRACE_URLS: Final = 10_000_000
 _MAX_BLOCK_BYTES: Final = 16 * 1024 * 1024
 _DELETIONS: Final = 3
 # There a folder is but the beginning of names; fsspec would make a bucket, which nobody asked for.
@@ -143,70 +140,6 @@ def read_ahead(url: str, storage_options: StorageOptions | None = None) -> None:
     """Begin to fetch a file that will be opened soon, if it is a remote one; returns at once, and never fails."""
     if not is_local(url):
         read_remote_ahead(url, storage_options)
-
-
-def expand_urls(
-    patterns: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    storage_options: StorageOptions | None = None,
-) -> list[str]:
-    """Expand brace and glob patterns into a sorted list of distinct URLs.
-
-    Parameters
-    ----------
-    patterns : str or sequence of str
-        fsspec URLs or paths; ``{00000..00099}`` and ``{a,b}`` expand as in a shell, ``*``, ``?``,
-        ``[...]`` and ``**`` are globs. Local paths come back absolute, since workers may run in
-        another folder. A name without a pattern is taken as it is, also if it does not exist.
-
-    Raises
-    ------
-    InputError
-        If nothing was given or a glob matches nothing.
-    """
-    if isinstance(patterns, (str, os.PathLike)):
-        patterns = [patterns]
-    urls: set[str] = set()
-    for pattern in map(_expanduser, patterns):
-        if not pattern.strip():
-            raise InputError("an input has no name: is a variable of the shell not set? '.' is the working folder")
-        if is_local(pattern) and os.path.exists(local_path(pattern)):  # noqa: PTH110 - Path.exists raises for long names
-            urls.add(str(Path(local_path(pattern)).absolute()))
-            continue
-        try:
-            candidates = braceexpand(pattern)
-        except ValueError as exc:
-            raise InputError(f"unbalanced braces in {pattern!r}") from exc
-        for count, candidate in enumerate(candidates):
-            if count >= _MAX_BRACE_URLS:
-                raise InputError(f"{pattern!r} expands to more than {_MAX_BRACE_URLS:,} names")
-            urls.update(_glob(candidate, storage_options))
-    if not urls:
-        raise InputError("no input was given: expected tar shards, as paths, URLs or patterns")
-    for url in urls:
-        try:
-            url.encode()
-        except UnicodeEncodeError as exc:
-            raise InputError(f"the name of {url!r} is not UTF-8, as the record of a run is: rename it") from exc
-    return sorted(urls)
-
-
-def _expanduser(pattern: str | os.PathLike[str]) -> str:
-    text = os.fspath(pattern)
-    return str(Path(text).expanduser()) if text.startswith("~") else text
-
-
-def _glob(pattern: str, storage_options: StorageOptions | None) -> list[str]:
-    path_part = pattern.split("://", 1)[-1]
-    has_glob = any(c in path_part for c in "*[") or ("?" in path_part and not pattern.startswith("http"))
-    if not has_glob:
-        return [str(Path(local_path(pattern)).absolute())] if is_local(pattern) else [pattern]
-    fs, path = filesystem(pattern, storage_options)
-    fs.invalidate_cache()
-    found = retry(lambda: fs.glob(path), f"cannot list {pattern}")
-    if not found:
-        where = f" in {Path.cwd()}" if is_local(pattern) and not local_path(pattern).startswith("/") else ""
-        raise InputError(f"nothing matches {pattern!r}{where}")
-    return [str(f) if is_local(pattern) else fs.unstrip_protocol(f) for f in found]
 
 
 def is_local(url: str) -> bool:
@@ -305,6 +238,18 @@ def list_tree(folder: str, storage_options: StorageOptions | None = None) -> dic
     return {name: size for name, size in sizes.items() if "/." not in f"/{name.rpartition('/')[0]}"}
 
 
+def check_output(url: str) -> None:
+    """Refuse an output folder that nothing can be written to, before it is asked for what is there.
+
+    Raises
+    ------
+    ConfigError
+        If it is on a web server.
+    """
+    if protocol_of(url) in ("http", "https"):
+        raise ConfigError(f"{shown_url(url)}: HTTP servers are read from, not written to: name another output folder")
+
+
 def make_folder(url: str, storage_options: StorageOptions | None = None) -> None:
     """Make a folder and its parents; does nothing where they exist or the store has no folders."""
     if is_local(url):
@@ -313,8 +258,7 @@ def make_folder(url: str, storage_options: StorageOptions | None = None) -> None
         except OSError as exc:
             raise StorageError(f"cannot make the folder {url}: {exc.strerror or exc}") from exc
         return
-    if protocol_of(url) in ("http", "https"):
-        raise ConfigError(f"{shown_url(url)}: HTTP servers are read from, not written to: name another output folder")
+    check_output(url)
     fs, path = filesystem(url, storage_options)
     if protocol_of(url) not in _STORES_WITHOUT_FOLDERS:
         retry(lambda: fs.makedirs(path, exist_ok=True), f"cannot make the folder {url}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from imgcurate.catalog import load_record
+from imgcurate.errors import CatalogError
 from imgcurate.storage import (
     StorageOptions,
     atomic_write,
@@ -189,6 +190,15 @@ class Success:
             sizes = ((name, digest.nbytes) for name, digest in self.files.items() if name in there)
             lost += [name for name, nbytes in sizes if (root / name).stat().st_size != nbytes]
         return lost
+
+    @staticmethod
+    def lost_from(folder: str) -> list[str]:
+        """Return the files of a run that is done which are not there any more as they were; this one, if it is not."""
+        try:
+            success = Success.load(folder)
+        except CatalogError:
+            success = None
+        return [SUCCESS] if success is None else success.lost(folder)
 
     @staticmethod
     def load(folder: str, storage_options: StorageOptions | None = None) -> Success | None:

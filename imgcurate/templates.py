@@ -12,6 +12,7 @@ from typing import Any, Final
 import yaml
 from pydantic import PydanticUserError, TypeAdapter
 
+from imgcurate import schema
 from imgcurate.config import RunConfig
 from imgcurate.stages.base import Stage
 from imgcurate.stages.registry import STAGES
@@ -31,7 +32,7 @@ _USED: Final[Mapping[str, Mapping[str, Any]]] = {
     "ImageAestheticFilterStage": {"score_threshold": 0.5},
     "ImageNSFWFilterStage": {"score_threshold": 0.5},
     "ExactDedupStage": {},
-    "SemanticDedupStage": {"eps": 0.05, "keep_by": ["-width*height", "-nbytes"]},
+    "SemanticDedupStage": {"eps": 0.05, "keep_by": [*schema.LARGEST_FIRST]},
     "ImageWriterStage": {"images_per_tar": 1000},
 }
 # Said elsewhere in the file.

@@ -97,7 +97,32 @@ def test_curate_removes_what_is_near_an_evaluation_set(run, shards: Path, tmp_pa
     assert {r["duplicate_in"] for r in gone} == {str(tmp_path / "EVAL")}
     assert any(r["txt"] for r in rows)
     code, _, err = run(*arguments, "--reference", tmp_path / "EVAL", "--no-dedup")
-    assert (code, err.count("are for semantic deduplication")) == (2, 1)
+    assert (code, err.count("--reference does nothing without semantic deduplication")) == (2, 1)
+
+
+def test_refilter_adds_deduplication_as_curate_has_it(run, tmp_path: Path, photos, encode, write_tar) -> None:
+    # The smaller copy of each photo comes first, and is farther from the centroid or not.
+    small = {f"a{i}": {"jpg": encode(p.resize((p.width // 2, p.height // 2)))} for i, p in enumerate(photos[:12])}
+    large = {f"b{i}": {"jpg": encode(p)} for i, p in enumerate(photos[:12])}
+    write_tar(tmp_path / "in.tar", list({**small, **large}.items()))
+    common = ("--encoder", "tiny-image", "--workers", "1", "--quiet", "--no-report")
+    code, _, err = run("curate", tmp_path / "in.tar", "-o", tmp_path / "SCORED", "--no-dedup", *common)
+    assert code == 0, err
+    code, lines, err = run(
+        "refilter", tmp_path / "SCORED", "-o", tmp_path / "ADDED", "--eps", "0.1", "--workers", "1", "-q", "--no-report"
+    )
+    assert code == 0, err
+    code, again, err = run("curate", tmp_path / "in.tar", "-o", tmp_path / "AT_ONCE", "--eps", "0.1", *common)
+    assert code == 0, err
+    tables = [pq.read_table(tmp_path / name / "catalog").select(["uid", "status", "duplicate_of"]) for name in
+              ("ADDED", "AT_ONCE")]  # fmt: skip
+    assert lines == again
+    assert tables[0].equals(tables[1])
+    assert "duplicate" in lines[0]
+    for name in ("ADDED", "AT_ONCE"):
+        assert (tmp_path / name / "shards" / "00000.tar").read_bytes() == (
+            tmp_path / "AT_ONCE" / "shards" / "00000.tar"
+        ).read_bytes()
 
 
 def test_run_does_what_a_file_says(run, shards: Path, tmp_path: Path) -> None:
@@ -149,6 +174,24 @@ def test_inspect_counts_and_reports(run, shards: Path, tmp_path: Path) -> None:
         (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "none", "--max-nsfw", "0.5"],
          "stage nsfw needs the column 'embedding'"),
         (["run", "{tmp}/none.yaml", "-o", "{tmp}/OUT"], "cannot read .*none.yaml"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "none", "--reference", "{tmp}"],
+         "--reference does nothing without semantic dedup"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "none", "--eps", "0.1"],
+         "--eps does nothing"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "none", "--keep-by", "width"],
+         "--keep-by does nothing"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image", "--no-dedup",
+          "--eps-list", "0.1"], "--eps-list does nothing"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image", "--keep-by", "key"],
+         "keep_by: the column 'key' does not hold numbers, but string"),
+        (["curate", "{shards}/00000.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image", "--workers", "1000000"],
+         "n_workers=1000000 processes are more"),
+        (["curate", "{shards}/00000.tar", "-o", "http://127.0.0.1:1/OUT", "--encoder", "tiny-image"],
+         "HTTP servers are read from"),
+        (["curate", "{tmp}/{{00000..99999999999}}.tar", "-o", "{tmp}/OUT", "--encoder", "tiny-image"],
+         "expands to more than 10,000,000 names"),
+        (["refilter", "{tmp}", "-o", "{tmp}/OUT", "--no-dedup", "--eps", "0.1"], "--eps does nothing beside"),
+        (["refilter", "{tmp}", "-o", "{tmp}/OUT", "--no-perceptual", "--perceptual", "4"], "--perceptual does nothing"),
         (["inspect", "{tmp}/none.tar"], "no such input"),
     ],
 )  # fmt: skip

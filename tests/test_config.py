@@ -69,6 +69,17 @@ def test_a_stage_of_ones_own_is_named_by_its_import_path(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    "name", ["imgcurate.stages.aesthetic.ImageAestheticFilterStage", "ImageAestheticFilterStage", "0"]
+)
+def test_set_reaches_a_stage_of_ones_own_by_any_of_its_names(name: str, tmp_path: Path) -> None:
+    text = "inputs: x\nstages:\n  - imgcurate.stages.aesthetic.ImageAestheticFilterStage: {score_threshold: 0.4}\n"
+    config = load_config(write(tmp_path, text), [f"stages.{name}.score_threshold=0.6"])
+    assert config.pipeline().stages[-1] == ImageAestheticFilterStage(0.6)
+    with pytest.raises(ConfigError, match="there is no stage 'Aesthetic'"):
+        load_config(write(tmp_path, text), ["stages.Aesthetic.score_threshold=0.6"])
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (

@@ -68,7 +68,7 @@ def test_dedup_embeddings_keeps_its_promises(tmp_path: Path, client: Client) -> 
     assert result.accounting() == "900 rows in = 600 kept + 300 duplicate"
     assert result.summary["curve"] == [{"eps": EPS, "removed": 300, "kept": 600}]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "dedup", "kept.parquet", "manifest.json", "removed.parquet",
+        "_SUCCESS", "dedup", "kept.parquet", "manifest.json", "removed.parquet",
     ]  # fmt: skip
 
 

@@ -67,14 +67,14 @@ def test_commands_parse(where: str, words: list[str]) -> None:
 
 @pytest.mark.parametrize(("where", "code"), list(blocks("python")), ids=lambda value: value[:30])
 def test_code_runs(where: str, code: str, tmp_path: Path, shards: Path) -> None:
-    """Run a block in a folder that has what the pages name; names of imgcurate need no import there."""
+    """Run a block as it is printed, in a folder that has what the pages name."""
     (tmp_path / "shards").symlink_to(shards)
     (tmp_path / "embeddings").mkdir()
     x = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
     table = {"id": range(60), "embedding": list(x), "width": [9] * 60, "height": [9] * 60}
     pq.write_table(pa.table(table), tmp_path / "embeddings" / "0.parquet")
     script = tmp_path / "example.py"
-    script.write_text(f"from imgcurate import *\n{code}")
+    script.write_text(code)
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, f"{where}: {done.stderr}"
 

@@ -300,6 +300,19 @@ def test_the_encoder_takes_what_fits() -> None:
     torch.testing.assert_close(halved, whole, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, GeneratorExit, SystemExit])
+def test_what_is_no_exception_does_not_end_a_worker(kind: type[BaseException]) -> None:
+    class Interrupts(ProcessingStage):
+        name = "interrupts"
+
+        def process(self, batch: ImageBatch) -> ImageBatch:
+            raise kind
+
+    batch = ImageBatch(pd.DataFrame({"shard": ["a.tar"], "key": ["x"]}))
+    with pytest.raises(ImgcurateError, match=f"stage interrupts: {kind.__name__}"):
+        process_batch(Interrupts(), batch, BatchLimit(), CPU)
+
+
 class Pixels:
     """What can be referred to weakly."""
 

@@ -44,15 +44,17 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.glob("*.tar"))
 
 
-def pipeline(folder: Path, files_per_partition: int = 2) -> Pipeline:
+def pipeline(
+    folder: Path, files_per_partition: int = 2, *, eps: float = 0.05, per_tar: int = 100, sharpness: float = 20
+) -> Pipeline:
     return Pipeline([
         FilePartitioningStage(str(folder / "*.tar"), files_per_partition=files_per_partition),
         ImageReaderStage(),
-        ImageQualityFilterStage({"sharpness": (20, None)}, columns=["phash"]),
+        ImageQualityFilterStage({"sharpness": (sharpness, None)}, columns=["phash"]),
         ImageEmbeddingStage(model="tiny-image"),
         PerceptualDedupStage(2),
-        SemanticDedupStage(eps=0.05),
-        ImageWriterStage(images_per_tar=100),
+        SemanticDedupStage(eps=eps),
+        ImageWriterStage(images_per_tar=per_tar),
     ])  # fmt: skip
 
 
@@ -229,3 +231,31 @@ def test_the_phase_in_which_a_sample_left_is_noted_and_can_be_taken_back(tars, t
         "ok": int(rows.status.isin(["ok", "duplicate"]).sum()),
     }
     assert (back.reason[back.status == "ok"] == "").all()
+
+
+@pytest.mark.parametrize("phase", ["read", "SemanticDedupStage", "write", "finish"])
+def test_a_run_that_was_stopped_may_decide_otherwise_without_decoding_again(
+    phase: str, tars: list[Path], tmp_path: Path, client: Client
+) -> None:
+    add(tars, tmp_path / "in")
+    out = tmp_path / "OUT"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in", out, client, progress=stop_in(phase))
+    there = {p.name for p in out.glob("catalog/*.parquet")}
+    assert there
+    with pytest.raises(ConfigError, match=r"holds another run \(ImageQualityFilterStage"):
+        pipeline(tmp_path / "in", sharpness=30).run(str(out), client=client)
+    other = pipeline(tmp_path / "in", eps=0.15, per_tar=40)
+    with pytest.raises(ConfigError, match="holds another run"):
+        other.run(str(out), client=client, resume=True)
+    seen: list[str] = []
+    result = other.run(str(out), client=client, progress=lambda phase, *_: seen.append(phase))
+    # What was in flight when it was stopped may have ended since.
+    assert seen.count("read") <= 2 - len(there)
+    assert result.dedup[-1]["eps"] == 0.15
+    fresh = other.run(str(tmp_path / "FRESH"), client=client)
+    assert bytes_of(out) == bytes_of(tmp_path / "FRESH")
+    assert result.counts == fresh.counts
+    # One that is done is another run.
+    with pytest.raises(ConfigError, match="holds another run"):
+        run(tmp_path / "in", out, client)

@@ -24,8 +24,8 @@ from test_tar import END, header, member, pax
 
 from imgcurate import SemanticDedupStage, schema
 from imgcurate.errors import InputError
+from imgcurate.patterns import expand_urls
 from imgcurate.shards import ShardIndex, index_shard
-from imgcurate.storage import expand_urls
 from imgcurate.tar import BLOCK, end_of_archive, padding
 
 Run = Callable[..., tuple[int, list[str], str]]

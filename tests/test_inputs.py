@@ -245,6 +245,15 @@ def test_rows_of_one_key_stay_rows_of_their_own(photos, encode, tmp_path: Path) 
     assert [json.loads(j)["n"] for j in column(index, "json")] == [1, 2, 3, 4]
 
 
+def test_only_one_column_of_images_is_looked_at(photos, encode, tmp_path: Path) -> None:
+    first, second = [encode(photos[0]), None], [encode(photos[1]), encode(photos[2])]
+    pq.write_table(pa.table({"id": ["a", "b"], "image": first, "mask": second}), tmp_path / "t.parquet")
+    index = index_shard(str(tmp_path / "t.parquet"), 0).table
+    assert column(index, schema.STATUS) == ["ok", "no_image"]
+    assert column(index, schema.EXT) == ["jpg", ""]
+    assert column(index, schema.MEMBERS) == [["jpg", "json", "mask.jpg"], ["json", "mask.jpg"]]
+
+
 @pytest.mark.parametrize(
     ("key", "expected"),
     [

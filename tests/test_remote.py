@@ -15,6 +15,7 @@ from servers import Answer, Files, Server
 from imgcurate import filesystems, spool, storage
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.frame import read_group
+from imgcurate.patterns import expand_urls
 from imgcurate.shards import Shard, index_shard
 from imgcurate.spool import PAGE_BYTES, Spool
 
@@ -203,7 +204,7 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path, same_size: bool) -> Non
 
 def test_shards_are_listed_by_a_glob(serve: Callable[..., Server], folder: Path) -> None:
     server = serve()
-    assert f"{server.url}/x.bin" in storage.expand_urls(f"{server.url}/*.bin")
+    assert f"{server.url}/x.bin" in expand_urls(f"{server.url}/*.bin")
     with pytest.raises(ConfigError, match="read from, not written to"):
         storage.make_folder(f"{server.url}/OUT")
 

@@ -18,6 +18,7 @@ from test_pipeline import OUTPUT, Flaky, checksums, tiny_pipeline
 
 from imgcurate import SemanticDedupStage, cli, filesystems, remote, storage
 from imgcurate.errors import ClusterError, ConfigError, ImgcurateError, InputError
+from imgcurate.patterns import expand_urls
 
 moto_server = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")
@@ -217,10 +218,10 @@ def test_the_output_may_lie_in_a_bucket(
 
 
 def test_new_shards_are_seen(bucket: str, s3: Server, shards: Path) -> None:
-    assert len(storage.expand_urls(f"{bucket}/in/*.tar")) == 4
+    assert len(expand_urls(f"{bucket}/in/*.tar")) == 4
     with storage.atomic_write(f"{bucket}/in/00004.tar") as out:
         out.write((shards / "00000.tar").read_bytes())
-    assert storage.expand_urls(f"{bucket}/in/*.tar")[-1] == f"{bucket}/in/00004.tar"
+    assert expand_urls(f"{bucket}/in/*.tar")[-1] == f"{bucket}/in/00004.tar"
     assert storage.file_size(f"{bucket}/in/00004.tar") == (shards / "00000.tar").stat().st_size
     with storage.atomic_write(f"{bucket}/in/00004.tar") as out:
         out.write(b"shorter")
@@ -247,7 +248,7 @@ def test_credentials(bucket: str, s3: Server, monkeypatch: pytest.MonkeyPatch) -
     ):
         storage.file_size(f"{bucket}/in/00000.tar")
     assert storage.file_size(f"{bucket}/in/00000.tar", {"anon": True}) > 0
-    assert len(storage.expand_urls(f"{bucket}/in/*.tar", {"anon": True})) == 4
+    assert len(expand_urls(f"{bucket}/in/*.tar", {"anon": True})) == 4
     assert storage.file_size(f"{bucket}/in/00000.tar", {"key": "a", "secret": "b", "endpoint_url": s3.url}) > 0
 
 
@@ -257,7 +258,7 @@ def test_what_is_not_there_or_not_allowed_is_not_tried_again(bucket: str, s3: Se
     with pytest.raises(InputError, match="no such input: s3://no-bucket/x.tar"):
         storage.file_size("s3://no-bucket/x.tar")
     with pytest.raises(InputError, match="nothing matches"):
-        storage.expand_urls(f"{bucket}/other/*.tar")
+        expand_urls(f"{bucket}/other/*.tar")
     with Server(lambda *_: Answer(403, {}, b"")) as closed:
         options = faulty_options(closed)
         with pytest.raises(storage.StorageError, match=r"cannot read s3://data/in/00000.tar: access denied"):

@@ -10,37 +10,38 @@ import pytest
 
 from imgcurate import filesystems, storage
 from imgcurate.errors import InputError
+from imgcurate.patterns import expand_urls
 
 
 def test_expand_urls_braces_globs_and_order(tmp_path: Path) -> None:
     for name in ("b1.tar", "a0.tar", "a1.tar", "x.txt"):
         (tmp_path / name).touch()
-    expanded = storage.expand_urls([f"{tmp_path}/{{a0,b1}}.tar", f"{tmp_path}/*1.tar"])
+    expanded = expand_urls([f"{tmp_path}/{{a0,b1}}.tar", f"{tmp_path}/*1.tar"])
     assert [Path(u).name for u in expanded] == ["a0.tar", "a1.tar", "b1.tar"]
-    assert [Path(u).name for u in storage.expand_urls(f"{tmp_path}/a{{0..1}}.tar")] == ["a0.tar", "a1.tar"]
-    assert storage.expand_urls("s3://bucket/{00..02}.tar")[-1] == "s3://bucket/02.tar"
+    assert [Path(u).name for u in expand_urls(f"{tmp_path}/a{{0..1}}.tar")] == ["a0.tar", "a1.tar"]
+    assert expand_urls("s3://bucket/{00..02}.tar")[-1] == "s3://bucket/02.tar"
 
 
 def test_expand_urls_takes_an_existing_name_with_braces_as_it_is(tmp_path: Path) -> None:
     odd = tmp_path / "a{1,2}[x].tar"
     odd.touch()
-    assert storage.expand_urls(str(odd)) == [str(odd)]
+    assert expand_urls(str(odd)) == [str(odd)]
 
 
 def test_expand_urls_makes_local_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.tar").touch()
-    assert storage.expand_urls("a.tar") == [str(tmp_path / "a.tar")]
-    assert storage.expand_urls("*.tar") == [str(tmp_path / "a.tar")]
+    assert expand_urls("a.tar") == [str(tmp_path / "a.tar")]
+    assert expand_urls("*.tar") == [str(tmp_path / "a.tar")]
 
 
 def test_expand_urls_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing matches"):
-        storage.expand_urls(f"{tmp_path}/*.tar")
+        expand_urls(f"{tmp_path}/*.tar")
     with pytest.raises(InputError, match="no input was given"):
-        storage.expand_urls([])
+        expand_urls([])
     with pytest.raises(InputError, match="unbalanced braces"):
-        storage.expand_urls("a{1,2.tar")
+        expand_urls("a{1,2.tar")
     with pytest.raises(InputError, match="no such input"):
         storage.file_size(str(tmp_path / "none.tar"))
     with pytest.raises(InputError, match="is a folder"):

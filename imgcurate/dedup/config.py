@@ -108,10 +108,10 @@ class DedupConfig:
             raise ConfigError(f"fit_data_fraction={fraction!r} should be in (0, 1]")
         if self.init not in ("k-means++", "random"):
             raise ConfigError(f"init={self.init!r} is none of k-means++, random")
-        if not _is_number(self.tol) or not self.tol >= 0:
-            raise ConfigError(f"tol={self.tol!r} should be >= 0")
-        if not _is_number(self.oversampling_factor) or not self.oversampling_factor > 0:
-            raise ConfigError(f"oversampling_factor={self.oversampling_factor!r} should be > 0")
+        if not _is_number(self.tol) or not 0 <= self.tol < math.inf:
+            raise ConfigError(f"tol={self.tol!r} should be a finite number >= 0")
+        if not _is_number(self.oversampling_factor) or not 0 < self.oversampling_factor < math.inf:
+            raise ConfigError(f"oversampling_factor={self.oversampling_factor!r} should be a finite number > 0")
         if not _is_whole(self.random_state) or not 0 <= self.random_state < 2**32:
             raise ConfigError(f"random_state={self.random_state!r} should be a whole number in [0, 2^32)")
         _ = self.keep_order

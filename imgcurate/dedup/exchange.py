@@ -345,7 +345,7 @@ def _matrix(table: pa.Table, dim: int = 1) -> npt.NDArray[np.float32]:
 
 
 def numeric_column(table: pa.Table, column: str) -> npt.NDArray[np.float64]:
-    """Return a column of ``keep_by`` as float64, NaN where it is null.
+    """Return a column of ``keep_by`` as float64, NaN where it is null; whole numbers over 2^53 are rounded.
 
     Raises
     ------
@@ -353,7 +353,8 @@ def numeric_column(table: pa.Table, column: str) -> npt.NDArray[np.float64]:
         If it does not hold numbers.
     """
     try:
-        values: npt.NDArray[np.float64] = table[column].cast(pa.float64()).to_numpy()
+        whole = pa.types.is_integer(table[column].type)
+        values: npt.NDArray[np.float64] = table[column].cast(pa.float64(), safe=not whole).to_numpy()
     except pa.ArrowException as exc:
         raise ConfigError(f"keep_by: the column {column!r} does not hold numbers, but {table[column].type}") from exc
     return values

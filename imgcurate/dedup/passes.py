@@ -236,12 +236,10 @@ def within(rows: Rows, config: DedupConfig, backend: Backend) -> Decisions:
     fixed = rows.fixed
     for place in rows.in_order().values():
         x = rows.vectors(place, backend)
-        if config.mode == "semdedup":
-            local, similarity[place] = remove_chains(x, config.threshold, backend)
-        else:
-            local, similarity[place] = greedy_keep(
-                x, config.threshold, backend, n_fixed=int(fixed[place].sum()), only_fixed=config.only_reference
-            )
+        decide = remove_chains if config.mode == "semdedup" else greedy_keep
+        local, similarity[place] = decide(
+            x, config.threshold, backend, n_fixed=int(fixed[place].sum()), only_fixed=config.only_reference
+        )
         keeper[place] = np.where(local >= 0, place[local], -1)
     return _decisions(rows.uid, rows.name, keeper, similarity)
 

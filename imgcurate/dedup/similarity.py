@@ -191,7 +191,9 @@ def greedy_keep(
     return keeper, similarity
 
 
-def remove_chains(x: Floats | Vectors, threshold: float, backend: Backend) -> tuple[Ints, npt.NDArray[np.float64]]:
+def remove_chains(
+    x: Floats | Vectors, threshold: float, backend: Backend, *, n_fixed: int = 0, only_fixed: bool = False
+) -> tuple[Ints, npt.NDArray[np.float64]]:
     """Go through rows in order; remove each that is near *any* row before it, as SemDeDup does.
 
     Parameters
@@ -202,6 +204,10 @@ def remove_chains(x: Floats | Vectors, threshold: float, backend: Backend) -> tu
         Rows with a cosine similarity > this are near.
     backend : Backend
         Where the products are computed.
+    n_fixed : int
+        The first rows, which stay in any case.
+    only_fixed : bool
+        Compare with these alone.
 
     Returns
     -------
@@ -219,9 +225,9 @@ def remove_chains(x: Floats | Vectors, threshold: float, backend: Backend) -> tu
     keeper = np.full(n, -1, dtype=np.int64)
     similarity = np.full(n, np.nan)
     index = np.arange(n) if x.index is None else x.index
-    for start in range(0, n, size):
+    for start in range(n_fixed, n, size):
         stop = min(n, start + size)
-        block, before = replace(x, index=index[start:stop]), replace(x, index=index[:stop])
+        block, before = replace(x, index=index[start:stop]), replace(x, index=index[: n_fixed if only_fixed else stop])
         i, j, values = near_pairs(block, before, threshold, backend)
         earlier = (j < start + i) & (values > threshold)
         _take_best(keeper, similarity, start + i[earlier], j[earlier], values[earlier], threshold)

@@ -24,12 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcurate import schema
+from imgcurate.catalog import MANIFEST
 from imgcurate.dedup.parquet_rows import open_parquet, row_batches
 from imgcurate.dedup.vectors import NpyFile, ids_as_keys, ids_from_keys, list_lengths, unified_type
 from imgcurate.errors import InputError, nearest
+from imgcurate.patterns import expand_urls
 from imgcurate.storage import (
     StorageOptions,
-    expand_urls,
+    exists,
     file_size,
     is_folder,
     is_local,
@@ -269,15 +271,18 @@ def find_vectors(
             raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
         found = {url: table for url, table in found.items() if url not in inside}
     parts: list[VectorPart] = []
-    types: list[pa.DataType] = []
+    types: dict[str, pa.DataType] = {}
     uid = 0
     for url, table in sorted(found.items()):
         of_file, id_type = _plan_file(url, table, uid, (id_field, embedding_field, *columns), input_options)
         parts += of_file
-        types.append(id_type)
-        uid += sum(p.n_rows for p in of_file)
+        n_rows = sum(p.n_rows for p in of_file)
+        if n_rows or not pa.types.is_null(id_type):
+            # What wrote a file without rows may have known no type.
+            types[url] = id_type
+        uid += n_rows
     name = inputs if isinstance(inputs, str) else " ".join(map(str, inputs))
-    id_type = unified_type(id_field, dict(zip(sorted(found), types, strict=True)))
+    id_type = unified_type(id_field, types or dict.fromkeys(found, pa.string()))
     files = VectorFiles(name, tuple(parts), id_field, embedding_field, id_type, input_options=input_options)
     return files.with_dim()
 
@@ -296,6 +301,10 @@ def _files_of(url: str, options: StorageOptions | None) -> Iterator[tuple[str, s
                 raise InputError(f"{url}: img_emb/{name} has no metadata/metadata_{_number(name)}.parquet beside it")
             yield join_url(url, "img_emb", name), join_url(url, "metadata", tables[_number(name)])
         return
+    if exists(join_url(url, MANIFEST), options) and is_folder(join_url(url, "catalog"), options):
+        raise InputError(
+            f"{url} is the output folder of a run, whose embeddings are in {url}/catalog, and ids in 'uid'"
+        )
     names = _tree(url, options)
     of_kind = [n for n in names if n.endswith((".parquet", ".pq"))] or [n for n in names if n.endswith(".npy")]
     if not of_kind:
@@ -329,6 +338,8 @@ def _plan_file(
     vectors = "" if url == table else url
     with open_parquet(table, options) as file:
         fields = {f.name: f.type for f in file.schema_arrow}
+        if twice := [name for name in columns if file.schema_arrow.names.count(name) > 1]:
+            raise InputError(f"{table} has several columns {twice[0]!r}: expected one")
         for name in columns if not vectors else (columns[0], *columns[2:]):
             if name not in fields:
                 what = {columns[0]: " of ids (id_field, --id-field)"}.get(name, "")

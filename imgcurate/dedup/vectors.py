@@ -110,7 +110,9 @@ def unified_type(id_field: str, types: Mapping[str, pa.DataType]) -> pa.DataType
 def _plain(type_: pa.DataType) -> pa.DataType:
     if isinstance(type_, pa.BaseExtensionType):
         type_ = type_.storage_type
-    return type_.value_type if pt.is_dictionary(type_) else type_
+    type_ = type_.value_type if pt.is_dictionary(type_) else type_
+    # Arrow does not filter views.
+    return pa.large_string() if pt.is_string_view(type_) else type_
 
 
 def _kind(type_: pa.DataType) -> str | None:

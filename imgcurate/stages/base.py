@@ -209,6 +209,11 @@ class DatasetStage(Stage):
     """
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        """Columns of ``needs`` that have to hold numbers."""
+        return ()
+
+    @property
     def revises(self) -> tuple[str, ...]:
         """Columns of ``adds`` that a stage before may have added: this one carries over what they hold."""
         return ()

@@ -123,6 +123,11 @@ class SemanticDedupStage(DatasetStage):
         return (schema.EMBEDDING, *self.config.keep_order.columns)
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        """The columns of ``keep_by``."""
+        return self.config.keep_order.columns
+
+    @property
     def revises(self) -> tuple[str, ...]:
         """All that it adds: other dedup stages may stand before this one."""
         return tuple(self.adds)

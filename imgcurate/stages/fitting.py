@@ -102,7 +102,8 @@ def _attempt(stage: ProcessingStage, part: ImageBatch) -> ImageBatch | None:
     )
     try:
         out = stage.process(part.part(0, len(part)))
-    except (Exception, SystemExit) as exc:
+    except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as exc:
+        # Ctrl-C is not for workers: what they are raised by is the stage.
         if is_out_of_memory(exc):
             if len(part) > 1 or part.at_most != 1:
                 return None

@@ -23,7 +23,6 @@ from imgcurate.stages.dedup_frames import client_runner, dedup_frame
 __all__ = ["ExactDedupStage", "PerceptualDedupStage", "exact_dedup", "perceptual_dedup"]
 
 _ADDS: Final = (schema.DUPLICATE_OF, schema.DUPLICATE_BY, schema.SIMILARITY)
-_KEEP_BY: Final = ("-width*height", "-nbytes")
 _MAX_DISTANCE: Final = 16
 
 
@@ -43,6 +42,11 @@ class _HashDedupStage(DatasetStage):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """The hash and the columns of ``keep_by``."""
         return (HASH_COLUMNS[self._kind], *self._order.columns)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The columns of ``keep_by``."""
+        return self._order.columns
 
     @property
     def revises(self) -> tuple[str, ...]:
@@ -115,7 +119,7 @@ class ExactDedupStage(_HashDedupStage):
     """
 
     by: str = CONTENT
-    keep_by: Sequence[str] = _KEEP_BY
+    keep_by: Sequence[str] = schema.LARGEST_FIRST
 
     name: ClassVar[str] = "ExactDedupStage"
 
@@ -160,7 +164,7 @@ class PerceptualDedupStage(_HashDedupStage):
     """
 
     max_distance: int = 4
-    keep_by: Sequence[str] = _KEEP_BY
+    keep_by: Sequence[str] = schema.LARGEST_FIRST
 
     name: ClassVar[str] = "PerceptualDedupStage"
 
@@ -183,7 +187,7 @@ def exact_dedup(
     ddf: dd.DataFrame,
     *,
     by: str = CONTENT,
-    keep_by: Sequence[str] = _KEEP_BY,
+    keep_by: Sequence[str] = schema.LARGEST_FIRST,
     scratch_dir: str | None = None,
     device: str = "auto",
 ) -> dd.DataFrame:
@@ -215,7 +219,7 @@ def perceptual_dedup(
     ddf: dd.DataFrame,
     *,
     max_distance: int = 4,
-    keep_by: Sequence[str] = _KEEP_BY,
+    keep_by: Sequence[str] = schema.LARGEST_FIRST,
     scratch_dir: str | None = None,
     device: str = "auto",
 ) -> dd.DataFrame:

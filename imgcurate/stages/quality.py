@@ -205,7 +205,7 @@ def _check_range(column: str, bounds: Any) -> None:
         raise ConfigError(f"ranges: {expected}, not {bounds!r}")
     given = [b for b in bounds if b is not None]
     if not all(isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in given):
-        raise ConfigError(f"ranges: {expected}, not {bounds!r}")
+        raise ConfigError(f"ranges: {expected} of finite numbers, not {bounds!r}")
     if len(given) == 2 and given[0] > given[1]:
         raise ConfigError(f"ranges: {column} has min={given[0]} > max={given[1]}, which would keep nothing")
 

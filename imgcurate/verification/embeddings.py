@@ -51,6 +51,8 @@ def verify_embeddings(
     counts = {schema.STATUS_OK: len(kept), schema.STATUS_DUPLICATE: len(removed)}
     if counts != manifest.counts or len(kept) + len(removed) != manifest.samples:
         found.add("catalog", folder, f"has {counts}, and manifest.json {manifest.counts}")
+    if manifest.config["dedup"].get("only_reference") and len(own):
+        found.add("reference", "removed.parquet", f"{len(own):,} rows go for none of a reference, which alone counts")
     if manifest.config["dedup"].get("mode") != "semdedup":
         lost = own.filter(pc.invert(named))
         for row in lost.slice(0, _EXAMPLES).to_pylist():

@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 from distributed import Client
+from distributed.security import Security
 
 from imgcurate import schema
 from imgcurate.backend import cpu_count
@@ -153,6 +154,7 @@ def verify_run(
     quick: bool = False,
     client: Client | None = None,
     scheduler: str | None = None,
+    security: Security | None = None,
     n_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -170,6 +172,8 @@ def verify_run(
         Where the checks run; by default in threads of this process.
     scheduler : str, optional
         Address of a running scheduler to run them on.
+    security : distributed.security.Security, optional
+        TLS settings for `scheduler`, see :func:`imgcurate.cluster.tls_security`.
     n_workers : int, optional
         Local processes to run them in, if more than one.
     progress : callable, optional
@@ -193,7 +197,8 @@ def verify_run(
     folder = folder if not is_local(folder) else local_path(folder)
     with contextlib.ExitStack() as stack:
         if client is None and (scheduler is not None or (n_workers or 1) > 1):
-            client = stack.enter_context(open_client(device="cpu", n_workers=n_workers, scheduler=scheduler))
+            local = open_client(device="cpu", n_workers=n_workers, scheduler=scheduler, security=security)
+            client = stack.enter_context(local)
         return _Checks(folder, storage_options, quick, client, progress).run()
 
 
@@ -240,9 +245,6 @@ class _Checks:
             mark = Success.load(self.folder)
         except CatalogError as exc:
             self.done.add("mark", SUCCESS, str(exc))
-            return None
-        if mark is None and is_of_embeddings(manifest):
-            self.done.notes.append(f"without {SUCCESS} no checksums are known")
             return None
         if mark is None:
             self.done.add("unfinished", place, "is not there: run the same command again")
