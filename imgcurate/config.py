@@ -143,9 +143,9 @@ class RunConfig(BaseModel):
     sidecar_columns: Literal["auto"] | list[str] = "auto"
     storage_options: dict[str, Any] = Field(default_factory=dict)
     device: str = "auto"
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, strict=True)
     scheduler: str | None = None
-    max_failed: int = Field(default=0, ge=0)
+    max_failed: int = Field(default=0, ge=0, strict=True)
     _places: _Places = PrivateAttr(default_factory=_Places)
 
     @property

@@ -34,6 +34,7 @@ from imgcurate.runner import Run
 from imgcurate.shards import Shard
 from imgcurate.sidecars import Sidecars
 from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, columns_added, stage_config
+from imgcurate.stages.quality import ImageQualityFilterStage
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.registry import find_stage, make_stage
 from imgcurate.stages.writer import ImageWriterStage
@@ -77,7 +78,8 @@ def refilter(
         {"score_threshold": 0.55}, "SemanticDedupStage": {"eps": 0.03}}``. None leaves the stage out. Of
         stages that look at images thresholds can change (``score_threshold``, ``ranges``), of deduplication
         and ``ImageWriterStage`` everything. A deduplication that the run did not have is added at its end,
-        where parameters that are not given are those of the class.
+        ``ImageQualityFilterStage`` at its beginning, if the run has the columns that they need; parameters that are
+        not given are those of the class.
     storage_options : mapping, optional
         Passed to fsspec for the inputs of the run.
     client, scheduler, security, device, n_workers, overwrite, resume, report, progress
@@ -196,7 +198,13 @@ def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[
     for name, params in changes.items():
         if name in names or params is None:
             continue
-        if not issubclass(find_stage("refilter", name), DatasetStage):
+        kind = find_stage("refilter", name)
+        if kind is ImageQualityFilterStage:
+            # First, as `curate` has it; of its columns those of sizes are in every catalog.
+            added = make_stage("refilter:", name, params)
+            out.insert(sum(r.name in _READS for r in out), _Recorded(name, stage_config(added), added))
+            continue
+        if not issubclass(kind, DatasetStage):
             raise ConfigError(
                 f"{run} was made without {name}, which looks at the images, and refilter looks at none: make a run "
                 "with it first; with a threshold that drops nothing it can be decided anew as often as you like"

@@ -6,21 +6,23 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import dask
 import pytest
 from clusters import Daemons, make_certificates
 from clusters import tls_options as options
 from distributed import Client
-from distributed.comm import CommClosedError
 from typer.testing import CliRunner
 
+import imgcurate.cluster as cluster_module
 from imgcurate.backend import cpu_count
 from imgcurate.cli import app
 from imgcurate.cluster import open_client, tls_security
@@ -189,17 +191,33 @@ def test_workers_are_known_also_while_the_client_fetches_less(client: Client, mo
     assert all(worker["nthreads"] == 1 for worker in workers.values())
 
 
-def test_a_worker_that_dies_before_the_first_task_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(client: Client, function: Callable[..., None]) -> None:
-        del client, function
-        raise CommClosedError("in <TCP (closed) Scheduler Broadcast>: Stream is closed")
+def test_a_worker_that_dies_as_it_starts_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(**options: Any) -> None:
+        del options
+        raise RuntimeError("Cluster failed to start") from RuntimeError("Nanny failed\nto start worker process")
 
-    monkeypatch.setattr(Client, "run", die)
+    monkeypatch.setattr(cluster_module, "LocalCluster", die)
+    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGTERM)
     with (
-        pytest.raises(ClusterError, match="could not be started .*Stream is closed.*run the same command again"),
+        pytest.raises(ClusterError, match=r"\(Nanny failed to start worker process\).*run the same command again"),
         open_client(device="cpu", n_workers=1, dashboard_address=None),
     ):
         pass
+    assert (signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGTERM)) == (mask, handler)
+
+
+def test_workers_never_get_an_interrupt_also_those_that_come_later() -> None:
+    with open_client(device="cpu", n_workers=1, dashboard_address=None) as client:
+        for _ in range(2):
+            (pid,) = client.run(os.getpid).values()
+            os.kill(pid, signal.SIGINT)
+            time.sleep(0.3)
+            assert list(client.run(os.getpid).values()) == [pid]
+            os.kill(pid, signal.SIGKILL)
+            end = time.monotonic() + 60
+            while list(client.run(os.getpid, on_error="ignore").values()) in ([], [pid]):
+                assert time.monotonic() < end
+                time.sleep(0.2)
 
 
 def test_a_cluster_leaves_the_environment_of_this_process_alone() -> None:

@@ -160,6 +160,21 @@ def test_a_deduplication_can_be_added_and_one_left_out(tars, run, tmp_path, clie
     assert kept.is_unique
 
 
+def test_ranges_of_columns_that_are_there_can_be_added(tars, tmp_path, client) -> None:
+    stages = [FilePartitioningStage(str(tars / "*.tar")), ImageReaderStage(), ImageEmbeddingStage(model="tiny-image")]
+    Pipeline([*stages, ImageWriterStage()]).run(str(tmp_path / "RUN"), client=client)
+    changes = {"ImageQualityFilterStage": {"ranges": {"width": (400, None)}}}
+    result = refilter(str(tmp_path / "RUN"), str(tmp_path / "OUT"), changes, client=client)
+    quality = ImageQualityFilterStage({"width": (400, None)})
+    direct = Pipeline([*stages[:2], quality, stages[2], ImageWriterStage()]).run(str(tmp_path / "D"), client=client)
+    assert result.counts == direct.counts
+    assert 0 < result.counts["quality"] < result.samples
+    assert [Path(s).read_bytes() for s in result.shards] == [Path(s).read_bytes() for s in direct.shards]
+    with pytest.raises(ConfigError, match="needs the column 'sharpness', which .* does not have"):
+        changes["ImageQualityFilterStage"] = {"ranges": {"sharpness": (1, None)}}
+        refilter(str(tmp_path / "RUN"), str(tmp_path / "OUT2"), changes, client=client)
+
+
 def test_a_run_that_is_stopped_goes_on(run, tmp_path, client) -> None:
     def stop(phase: str, *_: Any) -> None:
         if phase == "write":
