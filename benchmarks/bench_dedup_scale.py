@@ -42,6 +42,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="for vectors and scratch files (default: a temporary one)")
     args = parser.parse_args()
     rows = 3000 if args.smoke else args.rows
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         catalog = vectors(args.folder or Path(scratch), rows, args.dim)
         steps, removed = measure(catalog, scratch, args.workers)
