@@ -199,7 +199,7 @@ def _status(exc: BaseException) -> int | None:
         if isinstance(response, Mapping):
             return _number(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
     # Only of the error itself: aiohttp's causes have codes that no server sent.
-    return _number(getattr(exc, "status", getattr(exc, "code", None)))
+    return _number(exc.status if hasattr(exc, "status") else getattr(exc, "code", None))
 
 
 def _number(status: Any) -> int | None:

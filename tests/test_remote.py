@@ -169,6 +169,13 @@ def test_a_server_may_ask_for_patience() -> None:
         assert len(server.log) == 3
 
 
+def test_a_circle_of_redirects_is_not_tried_again() -> None:
+    with Server(lambda *_: Answer(302, {"Location": "/a.tar"}, b"")) as server:
+        with pytest.raises(storage.StorageError, match="a.tar: the server redirects in a circle$"):
+            storage.file_size(f"{server.url}/a.tar")
+        assert len(server.log) < 30
+
+
 def test_a_file_of_unknown_size_is_an_error(serve: Callable[..., Server]) -> None:
     server = serve(ranges=False, encoding="close")
     with pytest.raises(storage.StorageError, match="x.bin: the server does not tell its size"):
