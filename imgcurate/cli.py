@@ -234,7 +234,7 @@ def curate(
         stages.append(PerceptualDedupStage(perceptual, keep_by=keep_by))
     dedups = embeds if dedup is None else dedup
     if not dedups:
-        # Who says --no-dedup may leave the others as they are, but not those by which samples leave without it too.
+        # Beside --no-dedup thresholds may stay in a command; what was to be compared with, or counted, may not.
         moot = ["reference", "only_reference", "eps_list", *([] if dedup is False else ["eps", "n_clusters"])]
         moot += [] if dedup is False or exact_dedup or perceptual is not None else ["which_to_keep", "keep_by"]
         refuse_options(ctx, moot, "does nothing without semantic deduplication, which takes an --encoder, and --dedup")

@@ -19,7 +19,7 @@ from imgcurate.stages.writer import ImageWriterStage
 from imgcurate.storage import free_bytes, join_url, list_files, remove, remove_temporary_files, remove_tree
 from imgcurate.success import Success
 
-__all__ = ["PIPELINE", "difference", "find_run", "grown", "open_run", "redecided", "warn_of_lost"]
+__all__ = ["PIPELINE", "difference", "find_run", "open_run", "warn_of_lost"]
 
 logger = logging.getLogger(__name__)
 _FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
@@ -79,7 +79,7 @@ def find_run(
     return manifest
 
 
-def grown(old: dict[str, Any], new: dict[str, Any]) -> bool:
+def _grown(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Return whether a configuration asks for the same run over more inputs: the old ones, then others."""
     return _only_more(old.get("inputs"), new.get("inputs")) and {**old, "inputs": None} == {**new, "inputs": None}
 
@@ -88,18 +88,14 @@ def _goes_on(manifest: Manifest, config: dict[str, Any], *, resume: bool) -> boo
     """Return whether what the first phase of another run has made is what this one begins with."""
     if manifest.state == "clearing":
         return False
-    return grown(manifest.config, config) or (
-        not resume and manifest.state != "done" and redecided(manifest.config, config)
+    return _grown(manifest.config, config) or (
+        not resume and manifest.state != "done" and _before_decisions(manifest.config) == _before_decisions(config)
     )
 
 
-def redecided(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Return whether two configurations differ only in stages that come after all images are looked at."""
-    stages = [config.get("stages") for config in (old, new)]
-    if not all(isinstance(s, list) for s in stages):
-        return False
-    first = [list(itertools.takewhile(_looks_at_images, s)) for s in stages if s is not None]
-    return first[0] == first[1] and {**old, "stages": None} == {**new, "stages": None}
+def _before_decisions(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the stages that come after all images are looked at."""
+    return {**config, "stages": list(itertools.takewhile(_looks_at_images, config.get("stages", ())))}
 
 
 def _looks_at_images(stage: dict[str, Any]) -> bool:
@@ -211,7 +207,7 @@ def _shown(key: str, value: Any) -> str:
     """Return a value for people: a time in ns since 1970 as a date."""
     if key != "modified" or not str(value).isdecimal():
         return str(value)
-    return f"{np.datetime64(int(value), 'ns').astype('datetime64[ms]').item()} UTC"
+    return f"{np.datetime64(int(value), 'ns')} UTC"
 
 
 def _list_difference(where: str, old: list[Any], new: list[Any]) -> str:

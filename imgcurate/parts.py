@@ -23,6 +23,7 @@ from imgcurate.catalog import Catalog
 from imgcurate.dedup.verdicts import Ledger
 from imgcurate.execution import COUNTS, RESULT_META, number_frame, reason_of, result_frame
 from imgcurate.export import kept_counts
+from imgcurate.memory import is_device_error
 from imgcurate.metrics import counted
 from imgcurate.stages.executor import Program, frame_types
 from imgcurate.success import file_digest
@@ -168,7 +169,10 @@ def _salvage_part(
             continue
         try:
             done = program.run(rows, isolated=isolated).select(out.names).cast(out)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is the reason of these rows
+        except Exception as exc:
+            if is_device_error(exc):
+                # What comes after it would fail as well, and none of these rows is at fault.
+                raise
             done = _failed(rows, out, f"the shard failed: {reason_of(exc)}")
         catalog.attempts.end(number, k)
         made.append(done)

@@ -84,14 +84,13 @@ def _braces(pattern: str) -> Iterator[str]:
         if abs(int(last) - int(first)) // max(1, abs(int(step or 1))) >= _MAX_URLS:
             raise InputError(f"{pattern!r} expands to more than {_MAX_URLS:,} names")
     try:
-        for count, name in enumerate(braceexpand(pattern)):
-            if count >= _MAX_URLS:
-                raise InputError(f"{pattern!r} expands to more than {_MAX_URLS:,} names")
-            yield name
+        names = braceexpand(pattern)
     except ValueError as exc:
-        if isinstance(exc, InputError):
-            raise
         raise InputError(f"unbalanced braces in {pattern!r}") from exc
+    for count, name in enumerate(names):
+        if count >= _MAX_URLS:
+            raise InputError(f"{pattern!r} expands to more than {_MAX_URLS:,} names")
+        yield name
 
 
 def _absolute(url: str) -> str:

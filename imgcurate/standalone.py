@@ -269,10 +269,8 @@ class _Run:
             _join_parts(join_url(self.folder, f"{name}.parquet"), url, self.files.n_parts, writer.schemas[name])
         manifest.samples = rows
         manifest.counts = {schema.STATUS_OK: rows - gone, schema.STATUS_DUPLICATE: gone}
-        names = [
-            *(f"{name}.parquet" for name in parts),
-            *(f"dedup/{n}" for n in list_files(f"{self.folder}/dedup", "")),
-        ]
+        summaries = list_files(join_url(self.folder, "dedup"), "")
+        names = [*(f"{name}.parquet" for name in parts), *(f"dedup/{name}" for name in summaries)]
         files = {name: file_digest(join_url(self.folder, name)) for name in sorted(names)}
         Success(manifest.fingerprint, rows, manifest.counts, files).save(self.folder)
         manifest.state = "done"

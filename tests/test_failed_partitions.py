@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dask
 import pandas as pd
+import pyarrow as pa
 import pytest
 from distributed import Client
 
@@ -139,6 +140,23 @@ def test_a_shard_whose_worker_died_is_not_tried_again(tars, tmp_path) -> None:
     assert set(failed.shard) == {shards[2].url}
     assert set(failed.reason) == {"the shard failed: its workers died"}
     assert (rows[rows.shard != shards[2].url].status == "ok").any()
+
+
+def test_a_lost_device_is_no_reason_of_the_shards_that_it_was_to_decode(tars, tmp_path, monkeypatch) -> None:
+    table = read_group(tuple(enumerate(Shard(str(path)) for path in sorted(tars.glob("*.tar")))))
+    program = Program((Trap("raise", [], ""),), ImageReaderStage(), "cpu")
+    out = program.output_schema(table.column_names, {f.name: f.type for f in table.schema})
+    catalog = Catalog(str(tmp_path), 1)
+    catalog.make_folders()
+
+    def lose(self: Program, rows: pa.Table, *, isolated: bool) -> pa.Table:
+        raise ImgcurateError("the GPU cannot decode any more") from RuntimeError("CUDA error: illegal memory access")
+
+    monkeypatch.setattr(Program, "run", lose)
+    frame = Backend("cpu").frame_from_arrow(table)
+    with pytest.raises(ImgcurateError, match="cannot decode any more"):
+        parts._salvage_part(frame, pd.DataFrame({"number": [0]}), catalog, program, table.schema, out, {0: "it died"})
+    assert catalog.missing_parts() == [0]
 
 
 def test_more_that_fail_than_may_end_the_run(tars, tmp_path, client) -> None:

@@ -245,6 +245,8 @@ class _Apart:
 
     def __call__(self, centroids: Floats, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         """Return how far the first centroid of each row of labels lies from the others, (n, p - 1)."""
+        if labels.shape[1] == 1:
+            return np.empty((len(labels), 0))
         if len(centroids) <= _MOST_IN_TABLE:
             if self._table is None:
                 self._table = _all_distances(centroids)
@@ -252,8 +254,6 @@ class _Apart:
         first, others = labels[:, :1].astype(np.int64), labels[:, 1:].astype(np.int64)
         low, high = np.minimum(first, others), np.maximum(first, others)
         asked = low * len(centroids) + high
-        if not asked.size:
-            return np.empty(asked.shape)
         # Threads may replace it meanwhile, by one that knows more or less: what is taken here is one state.
         pairs, distances = self._known
         missing = np.unique(asked)
