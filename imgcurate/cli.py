@@ -16,6 +16,7 @@ import typer
 
 from imgcurate import commands, preparing, schema
 from imgcurate.console import (
+    Caption,
     Device,
     DryRun,
     EpsList,
@@ -24,6 +25,7 @@ from imgcurate.console import (
     Keep,
     LogJson,
     MaxFailed,
+    MinCaption,
     OnlyReference,
     Output,
     Overwrite,
@@ -39,6 +41,8 @@ from imgcurate.console import (
     TlsCert,
     TlsKey,
     Workers,
+    ZeroShot,
+    ZeroShotRange,
     app,
     one_of,
     refuse_options,
@@ -137,6 +141,10 @@ def curate(
     model_dir: Annotated[str | None, typer.Option(help="Folder with weights; what is missing is downloaded.")] = None,
     min_aesthetic: Annotated[float | None, typer.Option(min=0, max=1, help="Keep aesthetic_score >= F.")] = None,
     max_nsfw: Annotated[float | None, typer.Option(min=0, max=1, help="Keep nsfw_score < F.")] = None,
+    min_caption_similarity: MinCaption = None,
+    caption: Caption = None,
+    zero_shot: ZeroShot = None,
+    zero_shot_range: ZeroShotRange = None,
     quality: Annotated[
         list[str] | None,
         typer.Option(
@@ -200,13 +208,15 @@ def curate(
     quiet: Quiet = False,
 ) -> None:
     """Curate shards: embed, score, filter, remove duplicates, write what is kept."""
-    from imgcurate.config import quality_ranges
+    from imgcurate.options import caption_options, quality_ranges, zero_shot_options
     from imgcurate.stages import (
         ExactDedupStage,
         ImageAestheticFilterStage,
+        ImageCaptionFilterStage,
         ImageEmbeddingStage,
         ImageNSFWFilterStage,
         ImageQualityFilterStage,
+        ImageZeroShotFilterStage,
         PerceptualDedupStage,
         SemanticDedupStage,
     )
@@ -228,6 +238,14 @@ def curate(
         stages.append(ImageAestheticFilterStage(min_aesthetic, model_dir))
     if max_nsfw is not None:
         stages.append(ImageNSFWFilterStage(max_nsfw, model_dir))
+    captions = caption_options(min_caption_similarity, caption)
+    model: dict[str, Any] = {"model": encoder, "pretrained": pretrained, "model_dir": model_dir}
+    texts = list(text_column or [])
+    if captions:
+        stages.append(ImageCaptionFilterStage(**captions, **model, model_inference_batch_size=batch_size))
+        texts += {stages[-1].text_column} - set(texts)
+    if prompts := zero_shot_options(zero_shot or [], zero_shot_range or []):
+        stages.append(ImageZeroShotFilterStage(**{"labels": {}, **prompts, **model}))
     if exact_dedup:
         stages.append(ExactDedupStage(keep_by=keep_by))
     if perceptual is not None:
@@ -247,7 +265,7 @@ def curate(
         )  # fmt: skip
     limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "min_size": min_size}
     limits = {k: v for k, v in limits.items() if v is not None}
-    reading = {"text_columns": text_column or (), **limits}
+    reading = {"text_columns": texts, **limits}
     pipeline = _pipeline(
         inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **reading
     )
@@ -325,7 +343,7 @@ def _pipeline(
     sidecars: bool = True,
     **reading: Any,
 ) -> Any:
-    from imgcurate.config import storage_options
+    from imgcurate.options import storage_options
     from imgcurate.pipeline import Pipeline
     from imgcurate.stages import FilePartitioningStage, ImageReaderStage, ImageWriterStage
 

@@ -12,11 +12,13 @@ from rich.table import Table
 
 from imgcurate import schema
 from imgcurate.console import (
+    Caption,
     Device,
     EpsList,
     Inputs,
     Json,
     Keep,
+    MinCaption,
     OnlyReference,
     Output,
     Overwrite,
@@ -29,6 +31,8 @@ from imgcurate.console import (
     TlsCert,
     TlsKey,
     Workers,
+    ZeroShot,
+    ZeroShotRange,
     app,
     one_of,
     refuse_options,
@@ -57,6 +61,10 @@ def refilter(
     output: Output,
     min_aesthetic: Annotated[float | None, typer.Option(min=0, max=1, help="Keep aesthetic_score >= F.")] = None,
     max_nsfw: Annotated[float | None, typer.Option(min=0, max=1, help="Keep nsfw_score < F.")] = None,
+    min_caption_similarity: MinCaption = None,
+    caption: Caption = None,
+    zero_shot: ZeroShot = None,
+    zero_shot_range: ZeroShotRange = None,
     quality: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN=MIN:MAX", help="Keep these ranges, and no others; repeatable.")
     ] = None,
@@ -87,7 +95,7 @@ def refilter(
     quiet: Quiet = False,
 ) -> None:
     """Decide a finished run anew, without decoding an image: what is not given stays as it was."""
-    from imgcurate.config import quality_ranges, storage_options
+    from imgcurate.options import caption_options, quality_ranges, storage_options, zero_shot_options
     from imgcurate.refiltering import refilter as decide
     from imgcurate.refiltering import stages_of
 
@@ -99,6 +107,8 @@ def refilter(
     changes: dict[str, dict[str, Any]] = {
         "ImageAestheticFilterStage": {"score_threshold": min_aesthetic},
         "ImageNSFWFilterStage": {"score_threshold": max_nsfw},
+        "ImageCaptionFilterStage": caption_options(min_caption_similarity, caption),
+        "ImageZeroShotFilterStage": zero_shot_options(zero_shot or [], zero_shot_range or []),
         "ImageQualityFilterStage": {"ranges": quality_ranges(quality) if quality else None},
         "ExactDedupStage": {"keep_by": keep_by if exact_dedup else None},
         "PerceptualDedupStage": {
@@ -143,7 +153,7 @@ def report(
     storage_option: StorageOption = None,
 ) -> None:
     """Make the report of a run again: one HTML page with pictures of what stayed and what left."""
-    from imgcurate.config import storage_options
+    from imgcurate.options import storage_options
     from imgcurate.report import make_report
 
     options = storage_options(storage_option or [])
@@ -218,7 +228,7 @@ def dedup(
     quiet: Quiet = False,
 ) -> None:
     """Remove duplicates among embeddings of any source: which ids stay, and what the others duplicate."""
-    from imgcurate.config import storage_options
+    from imgcurate.options import storage_options
     from imgcurate.standalone import dedup_embeddings
 
     with running(quiet or as_json) as progress:
@@ -242,8 +252,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in shards, without decoding: samples, members, sizes, problems."""
-    from imgcurate.config import storage_options
     from imgcurate.inspection import inspect_shards
+    from imgcurate.options import storage_options
 
     report = inspect_shards(inputs, storage_options=storage_options(storage_option or []))
     if as_json:
@@ -286,7 +296,7 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Prove that a run is whole, and that every byte is as in its input. Exit code 1 if not."""
-    from imgcurate.config import storage_options
+    from imgcurate.options import storage_options
     from imgcurate.verification import verify_run
 
     options = storage_options(storage_option or [])

@@ -33,10 +33,9 @@ from imgcurate.pipeline import Pipeline
 from imgcurate.stages import FilePartitioningStage, ImageReaderStage, Stage
 from imgcurate.stages.registry import make_stage
 
-__all__ = ["RunConfig", "load_config", "quality_ranges", "storage_options"]
+__all__ = ["RunConfig", "load_config"]
 
 _DEEPEST_PLACE: Final = 4
-_TEXT_OPTIONS: Final = frozenset({"key", "secret", "token", "username", "password"})
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -350,87 +349,6 @@ def _step(place: Any, key: str, text: str, where: str) -> Any:
     if isinstance(place[number], str) or place[number].get(name) is None:
         place[number] = {name: {}}
     return place[number][name]
-
-
-def quality_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
-    """Return the ranges of :class:`ImageQualityFilterStage` from the command line.
-
-    Parameters
-    ----------
-    texts : sequence of str
-        ``COLUMN=MIN:MAX`` each; what is left out is open.
-
-    Raises
-    ------
-    ConfigError
-        If one cannot be understood, or a column stands twice.
-
-    Examples
-    --------
-    >>> quality_ranges(["sharpness=100:", "aspect_ratio=:3"])
-    {'sharpness': (100.0, None), 'aspect_ratio': (None, 3.0)}
-    """
-    ranges: dict[str, tuple[float | None, float | None]] = {}
-    for text in texts:
-        column, equals, bounds = text.partition("=")
-        if column in ranges:
-            raise ConfigError(f"--quality {column}=... is given twice")
-        try:
-            low, high = (float(bound) if bound.strip() else None for bound in bounds.split(":"))
-        except ValueError as exc:
-            raise ConfigError(
-                f"--quality {text} should be COLUMN=MIN:MAX, such as sharpness=100: or aspect_ratio=:3"
-            ) from exc
-        if not equals or (low is None and high is None):
-            raise ConfigError(f"--quality {text} names no bound: it should be COLUMN=MIN:MAX, such as sharpness=100:")
-        ranges[column] = low, high
-    return ranges
-
-
-def storage_options(pairs: Sequence[str]) -> dict[str, Any] | None:
-    """Return fsspec options from the command line.
-
-    Parameters
-    ----------
-    pairs : sequence of str
-        ``key=value`` each. Values are YAML scalars, but for keys, secrets, tokens, names and passwords, which
-        are text; dots nest.
-
-    Raises
-    ------
-    ConfigError
-        If one cannot be understood; the message does not tell its value, which may be a secret.
-
-    Examples
-    --------
-    >>> storage_options(["anon=true", "client_kwargs.endpoint_url=http://127.0.0.1:5000"])
-    {'anon': True, 'client_kwargs': {'endpoint_url': 'http://127.0.0.1:5000'}}
-    """
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        *parents, name = key.split(".")
-        if not equals or not all([*parents, name]):
-            raise ConfigError(f"--storage-option {key}{equals and '=...'} should be KEY=VALUE, such as anon=true")
-        place = options
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                break
-        if not isinstance(place, dict) or name in place:
-            raise ConfigError(f"--storage-option {key}=... is given twice, or one of them is within the other")
-        place[name] = text if name in _TEXT_OPTIONS else _scalar(key, text)
-    return options or None
-
-
-def _scalar(key: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        value = []
-    if isinstance(value, (dict, list, set)):
-        raise ConfigError(f"--storage-option {key}=... should be text, a number, true, false or null")
-    return value
 
 
 def _make_stage(number: int, entry: str | Mapping[str, Mapping[str, Any] | None]) -> Stage:

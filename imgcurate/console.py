@@ -22,6 +22,7 @@ from imgcurate.errors import ConfigError, ImgcurateError, printable
 from imgcurate.progress import show_progress
 
 __all__ = [
+    "Caption",
     "Device",
     "DryRun",
     "EpsList",
@@ -30,6 +31,7 @@ __all__ = [
     "Keep",
     "LogJson",
     "MaxFailed",
+    "MinCaption",
     "OnlyReference",
     "Output",
     "Overwrite",
@@ -46,6 +48,8 @@ __all__ = [
     "TlsCert",
     "TlsKey",
     "Workers",
+    "ZeroShot",
+    "ZeroShotRange",
     "app",
     "one_of",
     "refuse_options",
@@ -96,6 +100,21 @@ EpsList = Annotated[
 ]
 OnlyReference = Annotated[
     bool, typer.Option("--only-reference", help="Compare with the reference alone, as for an evaluation set.")
+]
+MinCaption = Annotated[
+    float | None, typer.Option("--min-caption-similarity", min=-1, max=1, help="Keep caption_similarity >= F.")
+]
+Caption = Annotated[
+    str | None,
+    typer.Option(metavar="EXT[:KEY]", help="Compare images with these captions: txt, or json:KEY. [default: txt]"),
+]
+ZeroShot = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LABEL=PROMPT", help="Tell what images show by prompts, two labels at least; repeatable."),
+]
+ZeroShotRange = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LABEL=MIN:MAX", help="Keep this range of a label's probability; repeatable."),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]

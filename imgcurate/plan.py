@@ -22,6 +22,7 @@ _MAKERS: Final[Mapping[str, tuple[str, str]]] = {
     schema.ENCODER: ("ImageEmbeddingStage", "--encoder"),
     schema.AESTHETIC_SCORE: ("ImageAestheticFilterStage", "--min-aesthetic"),
     schema.NSFW_SCORE: ("ImageNSFWFilterStage", "--max-nsfw"),
+    schema.CAPTION_SIMILARITY: ("ImageCaptionFilterStage", "--min-caption-similarity"),
     **{
         c: (f"ImageQualityFilterStage(columns=[{c!r}])", "")
         for c in (schema.CONTENT_HASH, schema.PIXEL_HASH, schema.PHASH)
@@ -223,4 +224,7 @@ def _missing(stage: Stage, column: str, types: dict[str, pa.DataType], removed: 
     if maker:
         hint = f" (on the command line: {option})" if option else ""
         return f"stage {stage.name} needs the column {column!r}: put {maker} before it{hint}"
-    return f"stage {stage.name} needs the column {column!r}, which no stage before it gives{nearest(column, types)}"
+    words = f"stage {stage.name} needs the column {column!r}, which no stage before it gives{nearest(column, types)}"
+    if column in schema.COLUMNS or not isinstance(stage, ProcessingStage):
+        return words
+    return f"{words} (if it is a kind of member, as txt: name it in text_columns of ImageReaderStage, or --text-column)"

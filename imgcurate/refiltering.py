@@ -33,7 +33,8 @@ from imgcurate.results import Result
 from imgcurate.runner import Run
 from imgcurate.shards import Shard
 from imgcurate.sidecars import Sidecars
-from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, columns_added, stage_config
+from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Rule, Stage, columns_added, stage_config
+from imgcurate.stages.embedding import ImageEmbeddingStage
 from imgcurate.stages.quality import ImageQualityFilterStage
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.registry import find_stage, make_stage
@@ -45,6 +46,7 @@ __all__ = ["refilter", "stages_of"]
 Changes = Mapping[str, Mapping[str, Any] | None]
 _READS: Final = (FilePartitioningStage.__name__, ImageReaderStage.__name__)
 _THRESHOLDS: Final = frozenset({"score_threshold", "ranges"})
+_OF_MODEL: Final = ("model", "pretrained", "model_dir")
 # What a sample is before any stage looks at it.
 _NOT_DECIDED: Final = schema.UNREADABLE | {schema.STATUS_OK, schema.STATUS_TOO_SMALL, schema.STATUS_DUPLICATE}
 
@@ -76,10 +78,11 @@ def refilter(
     changes : mapping of str to mapping or None
         By the name of a stage, the parameters that change: ``{"ImageAestheticFilterStage":
         {"score_threshold": 0.55}, "SemanticDedupStage": {"eps": 0.03}}``. None leaves the stage out. Of
-        stages that look at images thresholds can change (``score_threshold``, ``ranges``), of deduplication
-        and ``ImageWriterStage`` everything. A deduplication that the run did not have is added at its end,
-        ``ImageQualityFilterStage`` at its beginning, if the run has the columns that they need; parameters that are
-        not given are those of the class.
+        stages that look at images thresholds can change (``score_threshold``, ``ranges``), of those that look at
+        columns alone, as scores of embeddings do, of deduplication and of ``ImageWriterStage`` everything. What the
+        run did not have is added if it has the columns that are needed: a deduplication at its end, scores of columns
+        before the first deduplication, ``ImageQualityFilterStage`` at its beginning. Parameters that are not given are
+        those of the class, and those of the model those of the run's ``ImageEmbeddingStage``.
     storage_options : mapping, optional
         Passed to fsspec for the inputs of the run.
     client, scheduler, security, device, n_workers, overwrite, resume, report, progress
@@ -96,6 +99,8 @@ def refilter(
         If `run` is no finished run, or one of its inputs is gone or has changed.
     ConfigError
         If a stage or parameter is unknown or cannot be changed without decoding, or a column is missing.
+    WeightsError
+        If a score that is computed anew needs weights that are missing and cannot be downloaded.
 
     Notes
     -----
@@ -111,7 +116,7 @@ def refilter(
     manifest = Manifest.of_finished(run)
     recorded = [_Recorded.of(i, entry) for i, entry in enumerate(manifest.config["stages"])]
     decided = _changed(recorded, changes or {}, run)
-    origin = _CatalogOrigin(run, manifest, recorded, storage_options)
+    origin = _CatalogOrigin(run, manifest, recorded, storage_options, _computed(recorded, decided))
     plan = _plan(decided, origin, run)
     execution = Run(plan, lambda: [r.config for r in decided], origin, output_dir, progress)
     return execution.start(
@@ -156,11 +161,14 @@ class _Recorded:
         Its entry in the manifest.
     stage : Stage or None
         What decides now; None for stages that read, and those that decide nothing.
+    computes : bool
+        Whether it is a per-batch stage whose columns are computed, of other columns, and not those of the run.
     """
 
     name: str
     config: dict[str, Any]
     stage: Stage | None
+    computes: bool = False
 
     @staticmethod
     def of(number: int, config: dict[str, Any]) -> _Recorded:
@@ -172,29 +180,34 @@ class _Recorded:
             return _Recorded(name, config, _Rules(name, [Rule(**rule) for rule in config["rules"]]))
         return _Recorded(name, config, make_stage(f"stages[{number}] of the run:", name, {}, others=config))
 
-    def changed(self, params: Mapping[str, Any]) -> _Recorded:
-        """Return the stage with other parameters."""
+    def changed(self, params: Mapping[str, Any], encoder: str | None) -> _Recorded:
+        """Return the stage with other parameters, beside the embeddings of an encoder."""
         if isinstance(self.stage, _Rules) or self.stage is None:
             raise ConfigError(f"{self.name}: its parameters decide what is decoded or computed, so they cannot change")
-        if isinstance(self.stage, ProcessingStage) and (fixed := sorted(set(params) - _THRESHOLDS)):
+        fixed = sorted(set(params) - _THRESHOLDS) if isinstance(self.stage, ProcessingStage) else []
+        computes = bool(fixed) and IMAGE not in self.stage.needs
+        if fixed and not computes:
             raise ConfigError(
                 f"{self.name}: {fixed[0]!r} cannot change without decoding the images again; what can is "
                 f"{' and '.join(sorted(_THRESHOLDS & set(self.config))) or 'nothing'}"
             )
         stage = make_stage("refilter:", self.name, params, others=self.config)
-        # No model is looked for: its checksum is that of the run.
-        identity = stage.fingerprint() if isinstance(stage, DatasetStage) else {}
-        return _Recorded(self.name, {**self.config, **stage_config(stage), **identity}, stage)
+        if computes:
+            stage.check(encoder)
+        # No model is looked for where none computes: its checksum is that of the run.
+        identity = stage.fingerprint() if computes or isinstance(stage, DatasetStage) else {}
+        return _Recorded(self.name, {**self.config, **stage_config(stage), **identity}, stage, computes)
 
 
 def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[_Recorded]:
     """Return the stages of a run as they are asked for now."""
     names = [r.name for r in recorded]
+    encoder = next((r.config["encoder"] for r in recorded if isinstance(r.config.get("encoder"), str)), None)
     out = []
     for stage in recorded:
         params = changes.get(stage.name, {})
         if params is not None:
-            out.append(stage.changed(params) if params else stage)
+            out.append(stage.changed(params, encoder) if params else stage)
     for name, params in changes.items():
         if name in names or params is None:
             continue
@@ -204,27 +217,52 @@ def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[
             added = make_stage("refilter:", name, params)
             out.insert(sum(r.name in _READS for r in out), _Recorded(name, stage_config(added), added))
             continue
-        if not issubclass(kind, DatasetStage):
+        added = make_stage("refilter:", name, params, others=_model_of(recorded))
+        if IMAGE in added.needs:
             raise ConfigError(
                 f"{run} was made without {name}, which looks at the images, and refilter looks at none: make a run "
                 "with it first; with a threshold that drops nothing it can be decided anew as often as you like"
             )
-        added = make_stage("refilter:", name, params)
-        last = len(out) - 1 if out and isinstance(out[-1].stage, ImageWriterStage) else len(out)
-        at = len(out) if isinstance(added, ImageWriterStage) else last
-        out.insert(at, _Recorded(name, {**stage_config(added), **added.fingerprint()}, added))
+        computes = not issubclass(kind, DatasetStage)
+        added.check(encoder)
+        config = {**stage_config(added), **added.fingerprint()}
+        out.insert(_place(out, added), _Recorded(name, config, added, computes))
     return out
+
+
+def _model_of(recorded: Sequence[_Recorded]) -> dict[str, Any]:
+    """Return the parameters of the model that embedded the images of a run."""
+    embedding = next((r.config for r in recorded if r.name == ImageEmbeddingStage.__name__), {})
+    return {key: embedding[key] for key in _OF_MODEL if key in embedding}
+
+
+def _place(stages: Sequence[_Recorded], added: Stage) -> int:
+    """Return where a stage that the run did not have comes."""
+    if isinstance(added, ImageWriterStage):
+        return len(stages)
+    if isinstance(added, DatasetStage):
+        return len(stages) - bool(stages and isinstance(stages[-1].stage, ImageWriterStage))
+    return next((i for i, r in enumerate(stages) if isinstance(r.stage, DatasetStage)), len(stages))
+
+
+def _computed(recorded: Sequence[_Recorded], decided: Sequence[_Recorded]) -> set[str]:
+    """Return the columns that are computed anew, and those of a run that give way to them."""
+    computing = {r.name for r in decided if r.computes}
+    stages = [r.stage for r in (*recorded, *decided) if r.name in computing]
+    return {column for stage in stages if stage is not None for column in columns_added(stage)}
 
 
 def _plan(decided: Sequence[_Recorded], origin: _CatalogOrigin, run: str) -> Plan:
     stages = [r.stage for r in decided if r.stage is not None]
+    computing = [r.stage for r in decided if r.computes]
     last = stages[-1] if stages else None
     writer = last if isinstance(last, ImageWriterStage) else None
     stages = stages if writer is None else stages[:-1]
     deciding: list[Stage] = []
     types = dict(origin.types)
     for stage in stages:
-        if isinstance(stage, ProcessingStage):
+        computes = any(stage is each for each in computing)
+        if isinstance(stage, ProcessingStage) and not computes:
             deciding.append(_Rules(stage.name, stage.rules))
             needs = [rule.column for rule in stage.rules]
         else:
@@ -235,7 +273,7 @@ def _plan(decided: Sequence[_Recorded], origin: _CatalogOrigin, run: str) -> Pla
                 f"{stage.name} needs the column {missing[0]!r}, which {run} does not have: it takes a run that decodes"
             )
         check_numbers(stage, types)
-        types |= columns_added(stage) if isinstance(stage, DatasetStage) else {}
+        types |= columns_added(stage) if computes or isinstance(stage, DatasetStage) else {}
     return Plan(FilePartitioningStage(""), ImageReaderStage(), make_phases(deciding), writer, types)
 
 
@@ -243,11 +281,16 @@ class _CatalogOrigin(Origin):
     """The catalog of a finished run, before any rule was applied."""
 
     def __init__(
-        self, folder: str, manifest: Manifest, recorded: Sequence[_Recorded], options: StorageOptions | None
+        self,
+        folder: str,
+        manifest: Manifest,
+        recorded: Sequence[_Recorded],
+        options: StorageOptions | None,
+        computed: set[str],
     ) -> None:
         self.folder, self.manifest, self.options = folder, manifest, options
         self.catalog = Catalog(folder, manifest.n_parts)
-        later = {c for r in recorded if isinstance(r.stage, DatasetStage) for c in columns_added(r.stage)}
+        later = {c for r in recorded if isinstance(r.stage, DatasetStage) for c in columns_added(r.stage)} | computed
         self.types = {f.name: f.type for f in self.catalog.schema if f.name not in later | {schema.PHASE}}
         rules = [rule for r in recorded if isinstance(r.stage, ProcessingStage) for rule in r.stage.rules]
         self._by_rule = frozenset(rule.status for rule in rules)

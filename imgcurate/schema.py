@@ -22,6 +22,7 @@ __all__ = [
     "AESTHETIC_SCORE_RAW",
     "ASPECT_RATIO",
     "BRIGHTNESS",
+    "CAPTION_SIMILARITY",
     "CATALOG_ORDER",
     "CHANNELS",
     "CLUSTER",
@@ -56,6 +57,7 @@ __all__ = [
     "SPANS",
     "STATUS",
     "STATUS_AESTHETIC",
+    "STATUS_CAPTION",
     "STATUS_DECODER_CRASH",
     "STATUS_DECODE_ERROR",
     "STATUS_DUPLICATE",
@@ -108,6 +110,7 @@ EMBEDDING: Final = "embedding"
 AESTHETIC_SCORE: Final = "aesthetic_score"
 AESTHETIC_SCORE_RAW: Final = "aesthetic_score_raw"
 NSFW_SCORE: Final = "nsfw_score"
+CAPTION_SIMILARITY: Final = "caption_similarity"
 CLUSTER: Final = "cluster"
 DUPLICATE_OF: Final = "duplicate_of"
 DUPLICATE_BY: Final = "duplicate_by"
@@ -127,6 +130,8 @@ STATUS_TOO_SMALL: Final = "too_small"
 STATUS_FAILED: Final = "failed"
 STATUS_AESTHETIC: Final = "aesthetic"
 STATUS_NSFW: Final = "nsfw"
+STATUS_CAPTION: Final = "caption"
+STATUS_ZERO_SHOT: Final = "zero_shot"
 STATUS_DUPLICATE: Final = "duplicate"
 UNREADABLE: Final = frozenset(
     {STATUS_TAR_ERROR, STATUS_NO_IMAGE, STATUS_READ_ERROR, STATUS_DECODE_ERROR, STATUS_DECODER_CRASH, STATUS_FAILED}
@@ -192,6 +197,7 @@ COLUMNS: Final[Mapping[str, Column]] = {
         Column(AESTHETIC_SCORE, pa.float32(), "[0, 1], higher is better: LAION's 1..10 scale divided by ten"),
         Column(AESTHETIC_SCORE_RAW, pa.float32(), "LAION's own scale, about 1..10, higher is better, unclipped"),
         Column(NSFW_SCORE, pa.float32(), "[0, 1], probability that the image is not safe for work"),
+        Column(CAPTION_SIMILARITY, pa.float32(), "[-1, 1], cosine of image and caption; null without a caption"),
         Column(CLUSTER, pa.int32(), "index of the nearest k-means centroid; null where no embedding"),
         Column(DUPLICATE_OF, pa.int64(), "uid of the kept sample that this one duplicates; null if none"),
         Column(DUPLICATE_IN, pa.string(), "run folder that duplicate_of belongs to; null if it is this one"),
@@ -212,6 +218,11 @@ CATALOG_ORDER: Final = tuple(COLUMNS)
 
 # Every row has these; any other integer or boolean may be null.
 _NEVER_NULL: Final = frozenset({UID, OFFSET, NBYTES, WIDTH, HEIGHT})
+
+
+def zero_shot_column(label: str) -> str:
+    """Return the column of a label's probability, a float32 in [0, 1]."""
+    return f"{STATUS_ZERO_SHOT}_{label}"
 
 
 def arrow_type(name: str, extra: Mapping[str, pa.DataType] | None = None) -> pa.DataType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import textwrap
@@ -34,6 +35,10 @@ _USED: Final[Mapping[str, Mapping[str, Any]]] = {
     "ExactDedupStage": {},
     "SemanticDedupStage": {"eps": 0.05, "keep_by": [*schema.LARGEST_FIRST]},
     "ImageWriterStage": {"images_per_tar": 1000},
+}
+# What stands for parameters that have no default.
+_EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "ImageZeroShotFilterStage": {"labels": {"photo": "a photo", "screenshot": ["a screenshot of a web page", "an app"]}}
 }
 # Said elsewhere in the file.
 _ELSEWHERE: Final = frozenset({"output_dir"})
@@ -178,7 +183,9 @@ def _commented_stage(name: str, kind: type[Stage], used: Mapping[str, Any] | Non
         if used is not None and parameter.name in used:
             body.append(f"      {_dump({parameter.name: used[parameter.name]})}")
         else:
-            default = "" if parameter.default is inspect.Parameter.empty else _plain(parameter.default)
+            default = _EXAMPLES.get(name, {}).get(parameter.name, "")
+            if parameter.default is not inspect.Parameter.empty:
+                default = _plain(parameter.default)
             body.append(f"      # {_dump({parameter.name: default})}")
     # A mapping with nothing in it but comments is none.
     head = f"  - {name}:" if used or off else f"  - {name}:  # with its defaults"
@@ -188,7 +195,11 @@ def _commented_stage(name: str, kind: type[Stage], used: Mapping[str, Any] | Non
 
 
 def _parameters(kind: type[Stage]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(kind).parameters)
+    """Return the parameters of a stage; what a factory makes stands for the factory."""
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    parameters = inspect.signature(kind).parameters
+    return {name: p.replace(default=made.get(name, p.default)) for name, p in parameters.items()}
 
 
 def _described(kind: type) -> dict[str, str]:

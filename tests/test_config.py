@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from imgcurate.config import load_config, storage_options
+from imgcurate.config import load_config
 from imgcurate.errors import ConfigError
+from imgcurate.options import storage_options
 from imgcurate.stages import (
     ExactDedupStage,
     ImageAestheticFilterStage,

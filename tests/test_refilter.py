@@ -199,7 +199,7 @@ def test_a_run_that_is_stopped_goes_on(run, tmp_path, client) -> None:
         ({"SemanticDedupStage": {"eps": 3}}, r"eps=3 should be a number in \[0, 1\]"),
         (
             {"ImageAestheticFilterStage": {"score_threshold": 0.5}},
-            "was made without ImageAestheticFilterStage, which looks",
+            "ViT-L-14/openai",
         ),
         ({"ImageQualityFilterStage": {"ranges": {"entropy": [1, None]}}}, "needs the column 'entropy', which"),
         ({"SemanticDedupStage": {"keep_by": ["-aesthetic_score"]}}, "needs the column 'aesthetic_score', which"),

@@ -17,7 +17,7 @@ from imgcurate.errors import ConfigError, WeightsError
 from imgcurate.lazy import torch
 from imgcurate.models.weights import default_model_dir, file_sha256
 
-__all__ = ["ClipWeights", "embed_dim", "find", "identity", "load", "present"]
+__all__ = ["ClipWeights", "embed_dim", "find", "identity", "load", "present", "tokenizer"]
 
 RANDOM: Final = "random"
 _SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin")
@@ -169,6 +169,27 @@ def load(weights: ClipWeights) -> Any:
         first = (str(exc) or type(exc).__name__).strip().splitlines()[0]
         raise WeightsError(f"{weights.path} does not hold weights of {weights.model}: {first}") from exc
     return model
+
+
+def tokenizer(model: str, model_dir: str | None = None) -> Any:
+    """Return what turns texts into the tokens that a model takes: a list of n texts into integers of shape (n, length).
+
+    Raises
+    ------
+    WeightsError
+        If the model has a vocabulary of its own, which is missing and cannot be downloaded, or that wants a package.
+    """
+    from open_clip import get_tokenizer
+
+    try:
+        with _without_retry_lines():
+            return get_tokenizer(model, cache_dir=str(_folder(model_dir)))
+    except Exception as exc:
+        first = (str(exc) or type(exc).__name__).strip().splitlines()[0]
+        raise WeightsError(
+            f"the tokenizer of {model} could not be loaded: {first}. It is kept in the cache of {_folder(model_dir)}, "
+            "which may be filled where there is a network"
+        ) from exc
 
 
 def embed_dim(model: str) -> int:

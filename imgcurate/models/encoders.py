@@ -29,6 +29,7 @@ __all__ = [
     "EncoderSpec",
     "OpenClipEncoder",
     "TinyImageEncoder",
+    "compute_dtype",
     "load_encoder",
 ]
 
@@ -194,7 +195,7 @@ class OpenClipEncoder(Encoder):
         self._batch_size = backend.batch_size(spec.batch_size)
         self._is_fixed = backend.is_gpu or spec.compile is True
         precision = _precision(spec.precision, backend)
-        self.dtype = getattr(torch, _DTYPES[precision])
+        self.dtype = compute_dtype(spec.precision, backend)
         cfg = weights.preprocess
         height, width = cfg["size"]
         self.view = PixelView(height, width, cfg["resize_mode"], cfg["interpolation"], int(cfg["fill_color"]))
@@ -256,11 +257,22 @@ def _load_encoder(spec: EncoderSpec, backend: Backend) -> Encoder:
     return TinyImageEncoder() if spec.model == TINY_IMAGE else OpenClipEncoder(spec, backend)
 
 
-@functools.cache
 def _open_clip_models() -> tuple[str, ...]:
     import open_clip
 
     return tuple(open_clip.list_models())
+
+
+def compute_dtype(precision: str, backend: Backend) -> torch.dtype:
+    """Return the type that a model computes in.
+
+    Raises
+    ------
+    DeviceError
+        If the device cannot do it.
+    """
+    dtype: torch.dtype = getattr(torch, _DTYPES[_precision(precision, backend)])
+    return dtype
 
 
 def _precision(precision: str, backend: Backend) -> str:

@@ -37,7 +37,13 @@ _UNSAFE: Final = 0.5
 _COMPONENTS: Final = 50
 _FLAT: Final = 1e-9
 # Their colours on the map; others would make tabs without end.
-_MAP_VALUES: Final = (schema.AESTHETIC_SCORE, schema.NSFW_SCORE, schema.SHARPNESS, schema.BRIGHTNESS)
+_MAP_VALUES: Final = (
+    schema.AESTHETIC_SCORE,
+    schema.NSFW_SCORE,
+    schema.CAPTION_SIMILARITY,
+    schema.SHARPNESS,
+    schema.BRIGHTNESS,
+)
 
 
 def is_wanted(asked: bool | None) -> bool:

@@ -57,7 +57,7 @@ class Rule:
     column : str
         The column that decides.
     op : {">=", ">", "<", "<="}
-        Keep where ``column op threshold``; NaN is never kept.
+        Keep where ``column op threshold``; NaN and null are never kept.
     threshold : float
         The number compared with.
     status : str
@@ -78,9 +78,12 @@ class Rule:
         return _OPERATORS[self.op](values, self.threshold)
 
     def reason(self, value: float) -> str:
-        """Say why `value` was dropped: ``aesthetic_score 0.41 < 0.50``; whole numbers as such: ``width 96 < 256``."""
+        """Say why `value` was dropped: ``aesthetic_score 0.41 < 0.50``; whole numbers as such: ``width 96 < 256``.
+
+        NaN stands for what is missing too: Parquet files do not tell them apart.
+        """
         if value != value:
-            return f"{self.column} is not a number"
+            return f"{self.column} is missing or not a number"
         whole = isinstance(value, int) and self.threshold == round(self.threshold)
         for digits in [0] if whole else range(2, 9):
             got, limit = f"{value:.{digits}f}", f"{self.threshold:.{digits}f}"
@@ -169,6 +172,9 @@ class ProcessingStage(Stage):
         Thresholds on columns.
     encoder : str or None
         For a stage that adds ``embedding``: a name for the model, so that heads can check it.
+    nullable : tuple of str
+        Columns of ``needs`` that may be null; where no images are decoded, rows in which another one is null do not
+        come to the stage.
 
     Examples
     --------
@@ -188,6 +194,7 @@ class ProcessingStage(Stage):
     facts: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     encoder: str | None = None
+    nullable: tuple[str, ...] = ()
 
     def setup(self, worker: Worker) -> None:
         """Load what the stage needs; called once per worker process, before the first batch."""

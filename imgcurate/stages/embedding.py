@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import dask.dataframe as dd
@@ -18,6 +17,7 @@ from imgcurate.models.weights import absolute_path
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.reading import ImageReaderStage
+from imgcurate.stages.scoring import absolute_weights
 
 __all__ = ["ImageEmbeddingStage", "embed"]
 
@@ -80,9 +80,7 @@ class ImageEmbeddingStage(ProcessingStage):
 
     def __post_init__(self) -> None:
         self.model_dir = absolute_path(self.model_dir)
-        pretrained = self.pretrained
-        if ("/" in pretrained or "." in pretrained) and Path(pretrained).expanduser().is_file():
-            pretrained = absolute_path(pretrained) or pretrained
+        pretrained = absolute_weights(self.pretrained)
         self._spec = EncoderSpec(
             self.model, pretrained, self.model_dir, self.precision, self.model_inference_batch_size, self.compile
         )

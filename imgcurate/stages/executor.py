@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ def _column_batches(
     made = {c for stage in stages for c in stage.adds}
     needed = {c for stage in stages for c in stage.needs if c != IMAGE and c not in made}
     valid = np.ones(len(table), dtype=bool)
-    for column in needed:
+    for column in needed - {c for stage in stages for c in stage.nullable}:
         valid &= pc.is_valid(table[column]).to_numpy(zero_copy_only=False)
     index = np.flatnonzero(valid)
     for start in range(0, len(index), _BATCH_ROWS):
@@ -213,11 +214,13 @@ class _Results:
                     self._drop(positions, _host(mask).astype(bool), reason, status)
             for rule in stage.rules:
                 valid, values = self._values(rule.column)
-                left = valid.copy()
+                left = ~valid
                 left[valid] = ~np.asarray(rule.keeps(values), dtype=bool)
-                index = np.flatnonzero(left)
+                # What left before needs no second reason.
+                index = np.flatnonzero(left & (self._status == schema.STATUS_OK))
                 position_of = np.cumsum(valid) - 1
-                reasons = [rule.reason(np.asarray(values[position_of[i]]).item()) for i in index]
+                found = (np.asarray(values[position_of[i]]).item() if valid[i] else math.nan for i in index)
+                reasons = [rule.reason(value) for value in found]
                 self._drop(index, np.ones(len(index), dtype=bool), reasons, rule.status)
 
     def _drop(self, positions: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_], reason: Any, status: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from typing import Any, ClassVar, Final, Literal
 
 import dask.dataframe as dd
@@ -22,6 +20,7 @@ from imgcurate.lazy import torch
 from imgcurate.stages.base import IMAGE, ProcessingStage, Rule
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.reading import ImageReaderStage
+from imgcurate.stages.scoring import Range, check_pair
 
 __all__ = ["ImageQualityFilterStage", "score_quality"]
 
@@ -37,8 +36,6 @@ _OF_GRAY: Final = {
 _NUMBERS: Final = (*_GIVEN, schema.ASPECT_RATIO, schema.CHANNELS, *_OF_GRAY, schema.COLORFULNESS)
 _CHEAP: Final = (*_NUMBERS[len(_GIVEN) :], schema.CONTENT_HASH, schema.PHASH)
 _COLUMNS: Final = (*_GIVEN, *_CHEAP, schema.PIXEL_HASH)
-
-Range = Sequence[float | None]
 
 
 @dataclass
@@ -200,14 +197,7 @@ def _check_range(column: str, bounds: Any) -> None:
     if column not in _NUMBERS:
         what = "holds hashes, which have no range" if column in _COLUMNS else "is unknown"
         raise ConfigError(f"ranges: the column {column!r} {what}{nearest(str(column), _NUMBERS)}")
-    expected = f"{column} should be a pair, least and largest: [256, null] in YAML, (256, None) in Python"
-    if isinstance(bounds, (str, bytes)) or not isinstance(bounds, Sequence) or len(bounds) != 2:
-        raise ConfigError(f"ranges: {expected}, not {bounds!r}")
-    given = [b for b in bounds if b is not None]
-    if not all(isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in given):
-        raise ConfigError(f"ranges: {expected} of finite numbers, not {bounds!r}")
-    if len(given) == 2 and given[0] > given[1]:
-        raise ConfigError(f"ranges: {column} has min={given[0]} > max={given[1]}, which would keep nothing")
+    check_pair(column, bounds)
 
 
 def _or_null(values: torch.Tensor, valid: torch.Tensor) -> npt.NDArray[Any]:

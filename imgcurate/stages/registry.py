@@ -12,6 +12,7 @@ import yaml
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.stages.aesthetic import ImageAestheticFilterStage
 from imgcurate.stages.base import Rule, Stage, stage_config
+from imgcurate.stages.caption import ImageCaptionFilterStage
 from imgcurate.stages.deduplication import SemanticDedupStage
 from imgcurate.stages.embedding import ImageEmbeddingStage
 from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage
@@ -19,6 +20,7 @@ from imgcurate.stages.nsfw import ImageNSFWFilterStage
 from imgcurate.stages.quality import ImageQualityFilterStage
 from imgcurate.stages.reading import ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage
+from imgcurate.stages.zero_shot import ImageZeroShotFilterStage
 
 __all__ = ["STAGES", "find_stage", "make_stage", "pipeline_yaml", "recorded_rules"]
 
@@ -31,6 +33,8 @@ STAGES: Final[Mapping[str, type[Stage]]] = {
         ImageEmbeddingStage,
         ImageAestheticFilterStage,
         ImageNSFWFilterStage,
+        ImageCaptionFilterStage,
+        ImageZeroShotFilterStage,
         ExactDedupStage,
         PerceptualDedupStage,
         SemanticDedupStage,

@@ -1,16 +1,25 @@
-"""What the scoring stages share: thresholds in [0, 1], and the encoder behind a batch."""
+"""What the scoring stages share: thresholds and ranges, the encoder behind a batch, the model of texts."""
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError, EncoderMismatchError
+from imgcurate.models.encoders import EncoderSpec
+from imgcurate.models.weights import absolute_path
 
-__all__ = ["check_threshold", "encoders_of"]
+__all__ = ["Range", "absolute_weights", "check_pair", "check_same_model", "check_threshold", "encoders_of"]
+
+Range = Sequence[float | None]
+"""The least and the largest value of a column that are kept; None is open."""
 
 
 def check_threshold(stage: str, threshold: float | None) -> None:
@@ -19,6 +28,18 @@ def check_threshold(stage: str, threshold: float | None) -> None:
         return
     if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not 0 <= threshold <= 1:
         raise ConfigError(f"stage {stage}: score_threshold={threshold!r} should be a number in [0, 1]")
+
+
+def check_pair(column: str, bounds: Any) -> None:
+    """Raise ConfigError if the bounds of a column are no range."""
+    expected = f"{column} should be a pair, least and largest: [256, null] in YAML, (256, None) in Python"
+    if isinstance(bounds, (str, bytes)) or not isinstance(bounds, Sequence) or len(bounds) != 2:
+        raise ConfigError(f"ranges: {expected}, not {bounds!r}")
+    given = [b for b in bounds if b is not None]
+    if not all(isinstance(b, numbers.Real) and not isinstance(b, bool) and math.isfinite(b) for b in given):
+        raise ConfigError(f"ranges: {expected} of finite numbers, not {bounds!r}")
+    if len(given) == 2 and given[0] > given[1]:
+        raise ConfigError(f"ranges: {column} has min={given[0]} > max={given[1]}, which would keep nothing")
 
 
 def encoders_of(batch: ImageBatch) -> list[str]:
@@ -33,3 +54,19 @@ def encoders_of(batch: ImageBatch) -> list[str]:
     if len(names) > 1:
         raise EncoderMismatchError(f"the embeddings of one frame come from several models: {', '.join(names)}")
     return names
+
+
+def absolute_weights(pretrained: str) -> str:
+    """Return the absolute path of a weights file, for workers run elsewhere; a tag as it is."""
+    if ("/" in pretrained or "." in pretrained) and Path(pretrained).expanduser().is_file():
+        return absolute_path(pretrained) or pretrained
+    return pretrained
+
+
+def check_same_model(stage: str, spec: EncoderSpec, encoder: str | None) -> None:
+    """Raise EncoderMismatchError if images were embedded by another model than the one that embeds texts."""
+    if encoder is not None and encoder != (mine := spec.identity()):
+        raise EncoderMismatchError(
+            f"stage {stage}: the images are embedded by {encoder} and the texts by {mine}, which cannot be compared: "
+            "name the same model and weights (model, pretrained)"
+        )
