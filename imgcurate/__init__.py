@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from imgcurate.pipeline import Pipeline, Result
     from imgcurate.refiltering import refilter
     from imgcurate.report.page import make_report
+    from imgcurate.searching import search
     from imgcurate.stages import (
         DatasetStage,
         ExactDedupStage,
@@ -66,6 +67,7 @@ _HOMES = {
     "Result": "pipeline",
     "refilter": "refiltering",
     "make_report": "report",
+    "search": "searching",
     "export_run": "exchange_files",
     "DedupedEmbeddings": "standalone",
     "dedup_embeddings": "standalone",
@@ -137,6 +139,7 @@ __all__ = [
     "score_nsfw",
     "score_quality",
     "score_zero_shot",
+    "search",
     "semantic_dedup",
     "verify_run",
     "write_webdataset",

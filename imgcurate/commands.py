@@ -1,4 +1,4 @@
-"""The commands that look at inputs and at what runs left: ``report refilter export dedup inspect verify``."""
+"""The commands that look at inputs and at what runs left: ``report refilter export search dedup inspect verify``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from imgcurate.console import (
 )
 from imgcurate.errors import printable
 
-__all__ = ["dedup", "export", "inspect", "refilter", "report", "verify"]
+__all__ = ["dedup", "export", "inspect", "refilter", "report", "search", "verify"]
 
 _MAX_SHARD_ROWS: Final = 50
 _MAX_PROBLEM_ROWS: Final = 20
@@ -186,6 +186,41 @@ def export(
         return
     for name, rows in written.items():
         typer.echo(f"{name}: {rows:,} rows{' (nothing was kept)' if not rows and name != 'removed' else ''}")
+
+
+@app.command(
+    short_help="Find samples of a run by a text or a picture.",
+    epilog="Example: imgcurate search OUT 'a red dress' --page hits.html",
+)
+def search(
+    run: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="What the samples should show.")] = None,
+    image: Annotated[str | None, typer.Option(help="Picture that they should be like.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 20,
+    dropped: Annotated[bool, typer.Option("--dropped", help="Look among the samples that left too.")] = False,
+    page: Annotated[str | None, typer.Option(help="Write a page with their pictures.")] = None,
+    model_dir: Annotated[str | None, typer.Option(help="Folder with the weights. [default: that of the run]")] = None,
+    storage_option: StorageOption = None,
+    as_json: Json = False,
+) -> None:
+    """Find the samples of a run that are nearest to a text, a picture, or the mean of both."""
+    from imgcurate.options import storage_options
+    from imgcurate.searching import search as find
+
+    options = storage_options(storage_option or [])
+    found = find(run, text, image=image, n=n, dropped=dropped, page=page, model_dir=model_dir, storage_options=options)
+    if as_json:
+        typer.echo(found.to_json(orient="records", indent=1))
+        return
+    table = Table()
+    for name in ("similarity", "key", "shard", *(["status"] if dropped else [])):
+        table.add_column(name, overflow="fold")
+    for _, row in found.iterrows():
+        cells = (f"{row[schema.SIMILARITY]:.3f}", row[schema.KEY], row[schema.SHARD], *([row[schema.STATUS]] * dropped))
+        table.add_row(*(escape(printable(str(cell))) for cell in cells))
+    show_table(table)
+    if page is not None:
+        typer.echo(page)
 
 
 @app.command(

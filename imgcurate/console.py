@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 _FILE_COLUMNS: Final = 400
-_ORDER: Final = tuple("demo init curate run report refilter export verify inspect dedup doctor schema".split())
+_ORDER: Final = tuple("demo init curate run report refilter export search verify inspect dedup doctor schema".split())
 
 
 class _InOrder(TyperGroup):

@@ -21,7 +21,7 @@ ORDER = (
     "tar folders tables archives samples shards sidecars inputs partitions frame signatures probe pillow facts "
     "batches resize decode isolation quality models catalog success dedup liveness execution progress timeline metrics "
     "export stages plan cluster preflight results report outputs origins parts runner pipeline refiltering standalone "
-    "verification config options templates doctor estimate exchange_files inspection demo console preparing "
+    "verification config options templates doctor estimate exchange_files searching inspection demo console preparing "
     "commands cli __main__"
 ).split()
 GPU_LIBRARIES = {"cudf", "cupy", "cuml", "dask_cudf", "dask_cuda", "rmm", "pylibcudf"}

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import imgcurate as ic
 from imgcurate.backend import get_backend
 from imgcurate.cli import app
-from imgcurate.errors import ConfigError, EncoderMismatchError, WeightsError
+from imgcurate.errors import ConfigError, EncoderMismatchError, InputError, WeightsError
 from imgcurate.models import clip_weights
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.texts import TextEncoder, captions_of, load_text_encoder, prompt_embeddings
@@ -396,3 +396,62 @@ def test_a_command_scores_captions_and_prompts(shard, tmp_path) -> None:
 def test_the_head_of_another_model_is_refused_beside_texts() -> None:
     with pytest.raises(EncoderMismatchError):
         ImageAestheticFilterStage().check("test-clip/random")
+
+
+def test_a_text_finds_the_nearest_embeddings(plain, shard, tmp_path) -> None:
+    rows = rows_of(plain)
+    there = rows[rows["embedding"].notna()].reset_index(drop=True)
+    with torch.inference_mode():
+        query = (
+            theirs().encode_text(open_clip.get_tokenizer(CLIP)(["a red <dress>"]), normalize=True)[0].double().numpy()
+        )
+    cosines = vectors(there) @ query
+    best = np.argsort(-cosines, kind="stable")[:5]
+    page = tmp_path / "hits.html"
+    found = ic.search(plain.output_dir, "a red <dress>", n=5, page=str(page))
+    assert list(found["uid"]) == list(there["uid"][best])
+    np.testing.assert_allclose(found["similarity"], cosines[best], atol=1e-6)
+    assert list(found["txt"].fillna("")) == list(there["txt"][best].fillna(""))
+    html = page.read_text()
+    assert "a red &lt;dress&gt;" in html
+    assert "<dress>" not in html
+    assert html.count("data:image/webp") == 5
+    assert len(ic.search(plain.output_dir, "a red dress", n=100)) == 24
+
+
+def test_a_picture_finds_itself_also_among_what_left(shard, tmp_path, client, encode, photos) -> None:
+    result = run(shard, tmp_path / "OUT", client, ImageCaptionFilterStage(1.0, **MODEL))
+    assert result.counts == {"caption": 24, "decode_error": 1}
+    (tmp_path / "x.jpg").write_bytes(encode(photos[7]))
+    assert not len(ic.search(result.output_dir, image=str(tmp_path / "x.jpg")))
+    found = ic.search(result.output_dir, image=str(tmp_path / "x.jpg"), n=2, dropped=True)
+    assert found["key"][0] == "007"
+    # Here in float32, by Pillow's decoder.
+    assert found["similarity"][0] > 0.999 > found["similarity"][1]
+    both = ic.search(result.output_dir, "a caption", image=str(tmp_path / "x.jpg"), n=24, dropped=True)
+    alone = ic.search(result.output_dir, "a caption", n=24, dropped=True).set_index("uid")["similarity"]
+    picture = ic.search(result.output_dir, image=str(tmp_path / "x.jpg"), n=24, dropped=True).set_index("uid")[
+        "similarity"
+    ]
+    together = both.set_index("uid")["similarity"]
+    ratio = (alone + picture).loc[together.index] / together
+    assert ratio.std() < 1e-4 * abs(ratio.mean())
+
+
+def test_what_cannot_be_found_is_told(plain, shard, tmp_path, client, encode, photos) -> None:
+    with pytest.raises(ConfigError, match="give a text"):
+        ic.search(plain.output_dir, "  ")
+    with pytest.raises(ConfigError, match="n=0 should be"):
+        ic.search(plain.output_dir, "x", n=0)
+    (tmp_path / "page.jpg").write_bytes(b"<html>")
+    with pytest.raises(InputError, match=r"page.jpg: damaged image, or a kind"):
+        ic.search(plain.output_dir, image=str(tmp_path / "page.jpg"))
+    stages = [FilePartitioningStage(str(shard)), ImageReaderStage(), ImageEmbeddingStage(model="tiny-image")]
+    thumbnails = ic.Pipeline(stages).run(str(tmp_path / "TINY"), client=client)
+    with pytest.raises(ConfigError, match="tiny-image knows no texts"):
+        ic.search(thumbnails.output_dir, "a dress")
+    (tmp_path / "x.jpg").write_bytes(encode(photos[7]))
+    assert ic.search(thumbnails.output_dir, image=str(tmp_path / "x.jpg"), n=1)["key"][0] == "007"
+    bare = ic.Pipeline([*stages[:2], ic.ImageQualityFilterStage()]).run(str(tmp_path / "BARE"), client=client)
+    with pytest.raises(InputError, match="has no embeddings"):
+        ic.search(bare.output_dir, "a dress")

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
@@ -21,6 +16,7 @@ from imgcurate import schema
 from imgcurate.catalog import Catalog, Manifest
 from imgcurate.errors import printable
 from imgcurate.report import findings
+from imgcurate.report.album import Album, content_policy, page_of, unsafe
 from imgcurate.report.sample import CatalogSample, embeddings, load_sample
 from imgcurate.report.thumbnails import thumbnails
 from imgcurate.results import REPORT, Result
@@ -30,10 +26,8 @@ __all__ = ["is_wanted", "make_report", "project"]
 
 logger = logging.getLogger(__name__)
 _SWITCH: Final = "IMGCURATE_REPORT"
-_SIDE: Final = 112
 _MAP_SIDE: Final = 80
 _LEAST_ON_MAP: Final = 12
-_UNSAFE: Final = 0.5
 _COMPONENTS: Final = 50
 _FLAT: Final = 1e-9
 # Their colours on the map; others would make tabs without end.
@@ -93,19 +87,6 @@ def make_report(
     return local_path(url) if is_local(url) else url
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A sample as the page shows it."""
-
-    key: str
-    shard: str
-    uri: str
-    note: str
-    kept: bool
-    reason: str
-    blurred: bool
-
-
 def _render(run: str, manifest: Manifest, show_nsfw: bool, storage_options: StorageOptions | None) -> str:
     from bokeh.embed import components
 
@@ -117,7 +98,7 @@ def _render(run: str, manifest: Manifest, show_nsfw: bool, storage_options: Stor
     embedded = embeddings(catalog, sample)
     if result.dedup:
         groups += findings.most_alike(sample, *embedded)
-    album = _Album(sample, show_nsfw=show_nsfw, storage_options=storage_options)
+    album = Album(sample, show_nsfw=show_nsfw, storage_options=storage_options)
     album.add(r for score in scores for examples in score.examples for r in examples.rows)
     album.add(r for examples in leavers for r in examples.rows)
     album.add(r for _, those in groups for group in those for r in group.rows)
@@ -130,57 +111,16 @@ def _render(run: str, manifest: Manifest, show_nsfw: bool, storage_options: Stor
     if charts:
         script, places = components(charts, wrap_script=False)
         scripts.append(script)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath("page.html.jinja").read_text())
-    return template.render(
-        run=printable(run), manifest=manifest, result=result, sample=sample, stages=_stages(manifest),
+    return page_of(
+        "page.html.jinja", run=printable(run), manifest=manifest, result=result, sample=sample,
+        stages=_stages(manifest),
         version=importlib.metadata.version("imgcurate"), printable=printable, blurred=not show_nsfw,
-        has_nsfw=schema.NSFW_SCORE in sample.table.column_names, policy=_policy(scripts),
+        has_nsfw=schema.NSFW_SCORE in sample.table.column_names, policy=content_policy(scripts),
         funnel=findings.funnel(manifest, sample), scores=scores, leavers=leavers, groups=groups,
         errors=findings.errors(sample), pictures=album.pictures, keeper=album.one,
         charts={name: Markup(div) for name, div in places.items()},  # noqa: S704 - Bokeh's own
-        style=Markup(_style()), scripts=[Markup(s) for s in scripts],  # noqa: S704 - Bokeh's, and ours
+        scripts=[Markup(s) for s in scripts],  # noqa: S704 - Bokeh's, and ours
     )  # fmt: skip
-
-
-class _Album:
-    """The pictures of a page, made all at once."""
-
-    def __init__(self, sample: CatalogSample, *, show_nsfw: bool, storage_options: StorageOptions | None) -> None:
-        self._sample, self._options = sample, storage_options
-        self._blurred = _unsafe(sample) & (not show_nsfw)
-        self._wanted: set[int] = set()
-        self._rows: dict[int, Picture] = {}
-
-    def add(self, rows: Iterable[int]) -> None:
-        """Ask for pictures of some rows."""
-        self._wanted.update(rows)
-
-    def develop(self) -> None:
-        """Make the pictures that were asked for."""
-        rows = sorted(self._wanted)
-        uris = thumbnails(self._sample, rows, _SIDE, storage_options=self._options)
-        names = (schema.KEY, schema.SHARD, schema.STATUS, schema.REASON)
-        for row, key, shard, status, reason in zip(rows, *(self._sample.values(c, rows) for c in names), strict=True):
-            kept = status == schema.STATUS_OK
-            words = "kept" if kept else f"{status}: {reason}"
-            self._rows[row] = Picture(
-                printable(str(key)), printable(str(shard)), uris.get(row, ""), "", kept, printable(words),
-                bool(self._blurred[row]),
-            )  # fmt: skip
-
-    def pictures(self, examples: findings.Examples) -> list[Picture]:
-        """Return the pictures of examples, with a note on each."""
-        return [self.one(row, note) for row, note in zip(examples.rows, examples.notes, strict=True)]
-
-    def one(self, row: int, note: str = "") -> Picture:
-        """Return the picture of a row."""
-        return replace(self._rows[row], note=printable(note))
-
-
-def _unsafe(sample: CatalogSample) -> npt.NDArray[np.bool_]:
-    """Return the mask of the samples that are likely not safe for work; NaN is not known."""
-    return sample.numbers(schema.NSFW_SCORE) >= _UNSAFE
 
 
 def _charts(
@@ -211,7 +151,7 @@ def _map(
     if len(rows) < _LEAST_ON_MAP:
         return None
     chosen = rows.tolist()
-    hidden = frozenset() if show_nsfw else frozenset(rows[_unsafe(sample)[rows]].tolist())
+    hidden = frozenset() if show_nsfw else frozenset(rows[unsafe(sample)[rows]].tolist())
     uris = thumbnails(sample, chosen, _MAP_SIDE, blurred=hidden, storage_options=storage_options)
     columns = {
         "key": [printable(str(k)) for k in sample.values(schema.KEY, chosen)],
@@ -252,21 +192,6 @@ def _bokeh_js() -> str:
     from bokeh.resources import Resources
 
     return "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """Return a Content-Security-Policy by which these scripts and no others run, and nothing is fetched."""
-    digests = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
-    )
-    return (
-        f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _style() -> str:
-    return resources.files(__package__).joinpath("page.css").read_text()
 
 
 def _stages(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
