@@ -23,6 +23,7 @@ from imgcurate.errors import ConfigError, EncoderMismatchError, InputError, Weig
 from imgcurate.models import clip_weights
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.texts import TextEncoder, captions_of, load_text_encoder, prompt_embeddings
+from imgcurate.models.towers import prepare_text
 from imgcurate.options import caption_options, zero_shot_options
 from imgcurate.stages import (
     FilePartitioningStage,
@@ -105,6 +106,33 @@ def test_texts_are_embedded_as_by_open_clip(model: str) -> None:
     assert encoder.identity == f"{model}/random"
     assert (encoder.logit_bias is None) == (model == CLIP)
     assert encoder.logit_scale == pytest.approx(float(theirs(model).logit_scale.detach().exp()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("CLIP", {}),
+        ("CLIP", {"quick_gelu": True}),
+        ("CustomTextCLIP", {}),
+        ("CustomTextCLIP", {"text_cfg": {"pool_type": "eos", "eos_id": 49407}}),
+        ("CustomTextCLIP", {"text_cfg": {"no_causal_mask": True}}),
+        ("CustomTextCLIP", {"text_cfg": {"pool_type": "last", "proj_bias": True}}),
+    ],
+)
+def test_towers_of_texts_compute_what_open_clips_do(kind: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
+    config = {k: v for k, v in open_clip.get_model_config(CLIP).items() if k != "custom_text"}
+    config["text_cfg"] = {**config["text_cfg"], **changes.get("text_cfg", {})}
+    torch.manual_seed(2)
+    model = getattr(open_clip, kind)(**{**config, **{k: v for k, v in changes.items() if k != "text_cfg"}}).eval()
+    tokens = open_clip.get_tokenizer(CLIP)(TEXTS)
+    with torch.inference_mode():
+        expected = model.encode_text(tokens, normalize=True)
+        found = torch.nn.functional.normalize(prepare_text(model, "cpu", dtype)(tokens).float(), dim=1)
+    if dtype is torch.float32:
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    else:
+        assert float((found * expected).sum(dim=1).min()) > 0.999
 
 
 def test_texts_in_half_the_bits_are_nearly_the_same() -> None:

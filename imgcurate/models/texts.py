@@ -6,7 +6,6 @@ which there is one for each image, are encoded where the images are.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import threading
@@ -55,6 +54,8 @@ class TextEncoder:
     """
 
     def __init__(self, spec: EncoderSpec, backend: Backend) -> None:
+        from imgcurate.models import towers
+
         check_knows_text(spec)
         weights = clip_weights.find(spec.model, spec.pretrained, spec.model_dir)
         self.identity = weights.identity
@@ -62,12 +63,11 @@ class TextEncoder:
         model = clip_weights.load(weights).eval()
         # The image tower is not needed; dropping it frees its memory.
         model.visual = None
-        self._model = model.to(backend.torch_device)
-        self._device, self._dtype = backend.torch_device, compute_dtype(spec.precision, backend)
-        self._batch_size = backend.batch_size(spec.batch_size)
         self.logit_scale = float(model.logit_scale.detach().exp())
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = None if bias is None else float(bias.detach())
+        self._tower = towers.prepare_text(model, backend.torch_device, compute_dtype(spec.precision, backend))
+        self._batch_size = backend.batch_size(spec.batch_size)
 
     def __call__(self, texts: Sequence[str], *, at_most: int | None = None) -> torch.Tensor:
         """Encode texts; what is longer than the model takes, mostly 77 tokens, is cut off.
@@ -82,11 +82,8 @@ class TextEncoder:
         return torch.cat(chunks)
 
     def _encode(self, texts: list[str]) -> torch.Tensor:
-        tokens = self._tokenize(texts).to(self._device)
-        lower = self._dtype is not torch.float32
-        kind = torch.device(self._device).type
-        with torch.inference_mode(), torch.autocast(kind, self._dtype) if lower else contextlib.nullcontext():
-            features = self._model.encode_text(tokens)
+        with torch.inference_mode():
+            features = self._tower(self._tokenize(texts))
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
 

@@ -1,11 +1,12 @@
-"""The transformer blocks of open_clip's image towers, written out so that they run fastest.
+"""The transformer blocks of open_clip's towers, written out so that they run fastest.
 
 open_clip's block calls ``nn.MultiheadAttention``, which checks much and whose products no other type can take the place
 of. :func:`prepare` puts blocks in its place that compute the same: four linear layers, and
 ``scaled_dot_product_attention`` between the first and the second. They are compiled once for all layers, and their
 linear layers can multiply 8-bit floats. The last block computes the first token alone where no other is looked at, and
 the patches become tokens by a matrix product, which is faster than a convolution. On a CPU that multiplies bfloat16 the
-weights lie as oneDNN wants them, and a layer whose output is added to something adds it itself.
+weights lie as oneDNN wants them, and a layer whose output is added to something adds it itself. Of texts nothing is
+computed behind the end of the longest one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 
 from imgcurate.errors import ConfigError
 
-__all__ = ["Float8Linear", "allow_compiling", "most_values", "prepare"]
+__all__ = ["Float8Linear", "allow_compiling", "most_values", "prepare", "prepare_text"]
 
 logger = logging.getLogger(__name__)
 _E4M3: Final = torch.float8_e4m3fn
@@ -36,6 +37,9 @@ _STEPS_OF_SCALE: Final = 8
 _QUICK: Final = 1.702
 # So many blocks at the beginning, and what follows attention, lose most to 8-bit floats for the time they save.
 _EXACT_BLOCKS: Final = 2
+# Texts of about the same length should be of the same shape.
+_LENGTH_STEP: Final = 8
+_ENDS: Final = ("argmax", "eos")
 
 
 class Float8Linear(nn.Module):
@@ -119,16 +123,19 @@ class _PackedLinear(nn.Module):
 
 
 class _Block(nn.Module):
-    """What open_clip's ``ResidualAttentionBlock`` computes, for images.
+    """What open_clip's ``ResidualAttentionBlock`` computes.
 
-    The sum with what the last layer gives is left to the next block, whose normalisation reads both anyway.
+    The sum with what the last layer gives is left to the next block, whose normalisation reads both anyway. Of texts
+    (`causal`) a token attends to those before it alone.
     """
 
-    def __init__(self, block: Any, linear: Callable[[nn.Linear], nn.Module], *, first_only: bool) -> None:
+    def __init__(
+        self, block: Any, linear: Callable[[nn.Linear], nn.Module], *, first_only: bool = False, causal: bool = False
+    ) -> None:
         super().__init__()
         attention = block.attn
         self.heads = attention.num_heads
-        self.first_only = first_only
+        self.first_only, self.causal = first_only, causal
         self.hidden = block.mlp.c_fc.out_features
         self.ln_1, self.ln_2, self.ls_1, self.ls_2 = block.ln_1, block.ln_2, block.ls_1, block.ls_2
         self.qkv = linear(_linear(attention.in_proj_weight, attention.in_proj_bias))
@@ -153,15 +160,15 @@ class _Block(nn.Module):
         q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         if self.first_only:
             q = q[:, :, :1]
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return mixed.transpose(1, 2).reshape(n, -1, width)
 
 
 class _PackedBlock(_Block):
     """A block on a CPU, whose sums are made by the layer that gives one of their terms."""
 
-    def __init__(self, block: Any, *, first_only: bool) -> None:
-        super().__init__(block, _PackedLinear, first_only=first_only)
+    def __init__(self, block: Any, *, first_only: bool = False, causal: bool = False) -> None:
+        super().__init__(block, _PackedLinear, first_only=first_only, causal=causal)
         self.out: _PackedLinear = _PackedLinear(block.attn.out_proj)
         self.contract: _PackedLinear
 
@@ -192,6 +199,49 @@ class _PackedBlocks(_Blocks):
         for block in self.resblocks:
             x = block(x)
         return x
+
+
+class _Texts(nn.Module):
+    """A causal text transformer of open_clip, up to the end of the longest text of a batch.
+
+    A token attends to those before it alone, so what follows the end of a text, which is all that is taken of it,
+    changes nothing.
+    """
+
+    def __init__(self, tower: Any, blocks: _Blocks, end: int | None) -> None:
+        super().__init__()
+        self.embedding, self.positions = tower.token_embedding, tower.positional_embedding
+        self.blocks, self.norm, self.projection = blocks, tower.ln_final, tower.text_projection
+        self.end = end
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the features of texts, (n, d), of their tokens, (n, length) on the host."""
+        # Mostly the end is the token of the highest number.
+        ends = tokens.argmax(dim=1) if self.end is None else (tokens == self.end).int().argmax(dim=1)
+        used = min(tokens.shape[1], -(-(int(ends.max()) + 1) // _LENGTH_STEP) * _LENGTH_STEP)
+        tokens, ends = (each.to(self.positions.device) for each in (tokens[:, :used], ends))
+        x = self.blocks(self.embedding(tokens) + self.positions[:used])
+        x = self.norm(x[torch.arange(len(x), device=x.device), ends])
+        features: torch.Tensor = x
+        if isinstance(self.projection, nn.Linear):
+            features = self.projection(x)
+        elif self.projection is not None:
+            features = x @ self.projection
+        return features
+
+
+class _AsItIs(nn.Module):
+    """The texts of a model of another kind."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        self.device = next(model.parameters()).device
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            features: torch.Tensor = self.model.encode_text(tokens.to(self.device))
+        return features
 
 
 class _Patches(nn.Module):
@@ -265,8 +315,7 @@ def prepare(
         if compiled is True:
             visual.compile(dynamic=False)
         return visual
-    for block in visual.transformer.resblocks:
-        _simplify(block.mlp)
+    _simplify(visual.transformer)
     visual = visual.to(device=device, dtype=dtype)
     on_gpu = torch.device(device).type == "cuda"
     blocks = _blocks(visual, float8=float8, packed=not (on_gpu or float8 or compiled is True) and _can_pack(visual))
@@ -279,24 +328,59 @@ def prepare(
     return visual
 
 
+def prepare_text(model: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return what makes features of tokens, with faster layers; what is given is not to be used any more.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of open_clip, of float32, whose image tower may be gone.
+    device : str
+        Where it is to run, as torch calls it.
+    dtype : torch.dtype
+        Type that it computes in.
+
+    Returns
+    -------
+    nn.Module
+        Integers of shape (n, length) on the host in, features of shape (n, d) on the device out, not normalised.
+    """
+    tower = getattr(model, "text", model)
+    if not _is_known_text(tower):
+        return _AsItIs(model.to(device=device), dtype)
+    _simplify(tower.transformer)
+    tower = tower.to(device=device, dtype=dtype)
+    names = ("text_pool_type", "text_eos_id") if tower is model else ("pool_type", "eos_id")
+    kind, end = (getattr(tower, name, None) for name in names)
+    old = tower.transformer.resblocks
+    packed = torch.device(device).type == "cpu" and _can_pack(tower)
+    blocks = (
+        _PackedBlocks([_PackedBlock(block, causal=True) for block in old])
+        if packed
+        else _Blocks([_Block(block, _same, causal=True) for block in old])
+    )
+    return _Texts(tower, blocks, end if kind == "eos" else None)
+
+
 def allow_compiling() -> None:
     """Let the calling thread compile all that is needed: each model and each size of batches is one more."""
     torch._dynamo.config.recompile_limit = _MOST_COMPILED
 
 
-def _simplify(mlp: Any) -> None:
+def _simplify(transformer: Any) -> None:
     """Turn QuickGELU, three passes over memory unless it is compiled, into a SiLU of larger inputs: one pass.
 
     The factor goes into the layer before and its inverse into the one after, which are not rounded yet.
     """
     from open_clip.transformer import QuickGELU
 
-    if type(mlp.gelu) is QuickGELU:
-        mlp.gelu = nn.SiLU(inplace=True)
-        with torch.no_grad():
-            for parameter in mlp.c_fc.parameters():
-                parameter.mul_(_QUICK)
-            mlp.c_proj.weight.div_(_QUICK)
+    for mlp in (block.mlp for block in transformer.resblocks):
+        if type(mlp.gelu) is QuickGELU:
+            mlp.gelu = nn.SiLU(inplace=True)
+            with torch.no_grad():
+                for parameter in mlp.c_fc.parameters():
+                    parameter.mul_(_QUICK)
+                mlp.c_proj.weight.div_(_QUICK)
 
 
 def _blocks(visual: Any, *, float8: bool, packed: bool) -> _Blocks:
@@ -334,11 +418,29 @@ def most_values(visual: Any) -> int:
 
 
 def _is_known(visual: Any) -> bool:
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+    from open_clip.transformer import VisionTransformer
 
-    return type(visual) is VisionTransformer and all(
+    return type(visual) is VisionTransformer and _are_known(visual.transformer)
+
+
+def _is_known_text(tower: Any) -> bool:
+    """Return whether a text tower is causal, and the features of a text are those of its end."""
+    from open_clip.model import CLIP
+    from open_clip.transformer import TextTransformer
+
+    if type(tower) not in (CLIP, TextTransformer) or tower.attn_mask is None or not _are_known(tower.transformer):
+        return False
+    if type(tower) is CLIP:
+        return tower.text_pool_type in _ENDS
+    return tower.pool_type in _ENDS and tower.cls_emb is None and not tower.output_tokens
+
+
+def _are_known(transformer: Any) -> bool:
+    from open_clip.transformer import ResidualAttentionBlock
+
+    return all(
         type(block) is ResidualAttentionBlock and block.attn.batch_first and block.attn.in_proj_weight is not None
-        for block in visual.transformer.resblocks
+        for block in transformer.resblocks
     )
 
 

@@ -16,6 +16,7 @@ from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError
 from imgcurate.lazy import torch
+from imgcurate.models import clip_weights
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.texts import TextEncoder, captions_of, check_knows_text, load_text_encoder
 from imgcurate.models.weights import absolute_path
@@ -118,7 +119,8 @@ class ImageCaptionFilterStage(ProcessingStage):
         check_same_model(self.name, self._spec, encoder)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the model's identity and the checksum of its weights."""
+        """Return the model's identity and the checksum of its weights; its tokenizer is fetched too."""
+        clip_weights.tokenizer(self.model, self.model_dir)
         return self._spec.fingerprint()
 
     def setup(self, worker: Worker) -> None:

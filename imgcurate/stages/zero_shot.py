@@ -14,6 +14,7 @@ from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.lazy import torch
+from imgcurate.models import clip_weights
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.texts import check_knows_text, prompt_embeddings
 from imgcurate.models.weights import absolute_path
@@ -110,7 +111,8 @@ class ImageZeroShotFilterStage(ProcessingStage):
         check_same_model(self.name, self._spec, encoder)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the model's identity and the checksum of its weights."""
+        """Return the model's identity and the checksum of its weights; its tokenizer is fetched too."""
+        clip_weights.tokenizer(self.model, self.model_dir)
         return self._spec.fingerprint()
 
     def setup(self, worker: Worker) -> None:
