@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 import dask.dataframe as dd
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from distributed import Client
@@ -106,7 +108,8 @@ def refilter(
     -----
     The result is that of a run with these parameters from the beginning: ``min_size``, ``max_pixels`` and the
     like, which decide what is decoded, stay as they were. Samples that a stage of one's own dropped in its
-    ``process()``, not by rules, cannot be decided anew: such a run is refused.
+    ``process()``, not by rules, stay dropped where that is what a run would give: if all thresholds stay as they were,
+    and no such stage stands after a deduplication. Else the run is refused.
     """
     check_output(output_dir)
     run, output_dir = (str(Path(local_path(f)).absolute()) if is_local(f) else f for f in (run, output_dir))
@@ -116,7 +119,7 @@ def refilter(
     manifest = Manifest.of_finished(run)
     recorded = [_Recorded.of(i, entry) for i, entry in enumerate(manifest.config["stages"])]
     decided = _changed(recorded, changes or {}, run)
-    origin = _CatalogOrigin(run, manifest, recorded, storage_options, _computed(recorded, decided))
+    origin = _CatalogOrigin(run, manifest, recorded, decided, storage_options)
     plan = _plan(decided, origin, run)
     execution = Run(plan, lambda: [r.config for r in decided], origin, output_dir, progress)
     return execution.start(
@@ -252,6 +255,12 @@ def _computed(recorded: Sequence[_Recorded], decided: Sequence[_Recorded]) -> se
     return {column for stage in stages if stage is not None for column in columns_added(stage)}
 
 
+def _rules_of(stages: Sequence[_Recorded]) -> list[Rule]:
+    """Return the rules on columns that a run has, in their order; not those on columns that are computed anew."""
+    known = [r.stage for r in stages if isinstance(r.stage, ProcessingStage) and not r.computes]
+    return [rule for stage in known for rule in stage.rules]
+
+
 def _plan(decided: Sequence[_Recorded], origin: _CatalogOrigin, run: str) -> Plan:
     stages = [r.stage for r in decided if r.stage is not None]
     computing = [r.stage for r in decided if r.computes]
@@ -285,17 +294,22 @@ class _CatalogOrigin(Origin):
         folder: str,
         manifest: Manifest,
         recorded: Sequence[_Recorded],
+        decided: Sequence[_Recorded],
         options: StorageOptions | None,
-        computed: set[str],
     ) -> None:
         self.folder, self.manifest, self.options = folder, manifest, options
         self.catalog = Catalog(folder, manifest.n_parts)
-        later = {c for r in recorded if isinstance(r.stage, DatasetStage) for c in columns_added(r.stage)} | computed
+        later = {c for r in recorded if isinstance(r.stage, DatasetStage) for c in columns_added(r.stage)}
+        later |= _computed(recorded, decided)
         self.types = {f.name: f.type for f in self.catalog.schema if f.name not in later | {schema.PHASE}}
-        rules = [rule for r in recorded if isinstance(r.stage, ProcessingStage) for rule in r.stage.rules]
-        self._by_rule = frozenset(rule.status for rule in rules)
-        later_names = {r.stage.name for r in recorded if isinstance(r.stage, DatasetStage)}
-        if unknown := sorted(set(manifest.counts) - self._by_rule - _NOT_DECIDED - later_names):
+        stages = [r.stage for r in recorded if r.stage is not None and not isinstance(r.stage, ImageWriterStage)]
+        batches = [i for i, phase in enumerate(make_phases(stages)) if not phase.is_dataset]
+        self._undo = _Undo(
+            tuple(_rules_of(recorded)), frozenset(batches), keeps=_rules_of(decided) == _rules_of(recorded)
+        )
+        known = {rule.status for rule in self._undo.rules} | {s.name for s in stages if isinstance(s, DatasetStage)}
+        unknown = sorted(set(manifest.counts) - known - _NOT_DECIDED)
+        if unknown and not self._undo.keeps:
             raise ConfigError(_by_code(unknown[0], f"{manifest.counts[unknown[0]]:,} samples", folder))
         for before, now in zip(manifest.config["inputs"], self.inputs_now(), strict=True):
             if before != now:
@@ -354,23 +368,77 @@ class _CatalogOrigin(Origin):
         out = schema.arrow_schema(self.types, self.types)
         backend = get_backend(device)
         return lazy_frame(
-            _read_part, list(numbers), catalog=self.catalog, names=out.names, by_rule=self._by_rule,
+            _read_part, list(numbers), catalog=self.catalog, names=out.names, undo=self._undo,
             device=backend.name, meta=backend.meta(out), label="read-catalog",
         )  # fmt: skip
 
 
 def _by_code(status: str, samples: str, folder: str) -> str:
     return (
-        f"{samples} of {folder} were dropped as {status!r} by the code of a stage, not by a rule on a column: "
-        "that cannot be decided anew without the images"
+        f"{samples} of {folder} were dropped as {status!r} by the code of a stage, not by a rule on a column: that "
+        "cannot be decided anew without the images. Deduplication after it can change, but no threshold"
     )
 
 
-def _read_part(number: int, catalog: Catalog, names: Sequence[str], by_rule: frozenset[str], device: str) -> Any:
-    table = undecided(catalog.read(number)).select(list(names))
-    ruled = pc.is_in(table[schema.STATUS], value_set=pa.array(sorted(by_rule), pa.string()))
-    for name, value in ((schema.STATUS, schema.STATUS_OK), (schema.REASON, "")):
-        table = table.set_column(names.index(name), name, pc.if_else(ruled, value, table[name]))
-    if unknown := sorted(set(table[schema.STATUS].unique().to_pylist()) - _NOT_DECIDED):
-        raise ConfigError(_by_code(unknown[0], "samples", catalog.folder))
-    return get_backend(device).frame_from_arrow(table)
+@dataclass(frozen=True)
+class _Undo:
+    """How the rows of a catalog become what they were before any rule; picklable.
+
+    Attributes
+    ----------
+    rules : tuple of Rule
+        Those of the run.
+    batch_phases : frozenset of int
+        The phases of per-batch stages.
+    keeps : bool
+        Whether samples that the code of a stage dropped in the first phase may stay so: all rules are as they were.
+    """
+
+    rules: tuple[Rule, ...]
+    batch_phases: frozenset[int]
+    keeps: bool
+
+    def __call__(self, table: pa.Table, folder: str) -> pa.Table:
+        """Return the rows of a part.
+
+        Raises
+        ------
+        ConfigError
+            If some were dropped by code, and may not stay so.
+        """
+        status = table[schema.STATUS]
+        phase = table[schema.PHASE].to_numpy(zero_copy_only=False) if schema.PHASE in table.column_names else None
+        decided = pc.invert(pc.is_in(status, value_set=pa.array(sorted(_NOT_DECIDED), pa.string())))
+        by_batch = decided.to_numpy(zero_copy_only=False)
+        if phase is not None:
+            by_batch &= np.isin(phase, sorted(self.batch_phases)) | np.isnan(phase.astype(float))
+        ruled = by_batch & self._ruled(table)
+        by_code = by_batch & ~ruled
+        stays = by_code & (phase == 0) if self.keeps and phase is not None else np.zeros(len(table), bool)
+        if (by_code & ~stays).any():
+            first = status[int(np.flatnonzero(by_code & ~stays)[0])].as_py()
+            raise ConfigError(_by_code(first, "samples", folder))
+        table = undecided(table)
+        for name, value in ((schema.STATUS, schema.STATUS_OK), (schema.REASON, "")):
+            column = pc.if_else(pa.array(ruled), value, table[name])
+            table = table.set_column(table.column_names.index(name), name, column)
+        return table
+
+    def _ruled(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Return the mask of the rows that left by a rule: it does not keep their value, and their reason tells it."""
+        ruled = np.zeros(len(table), dtype=bool)
+        for rule in self.rules:
+            here = pc.and_(
+                pc.equal(table[schema.STATUS], rule.status), pc.starts_with(table[schema.REASON], f"{rule.column} ")
+            ).to_numpy(zero_copy_only=False)
+            if here.any():
+                values = table[rule.column].filter(pa.array(here)).cast(pa.float64(), safe=False)
+                found = np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float64)
+                here[here] = ~np.asarray(rule.keeps(found), dtype=bool)
+                ruled |= here
+        return ruled
+
+
+def _read_part(number: int, catalog: Catalog, names: Sequence[str], undo: _Undo, device: str) -> Any:
+    table = undo(catalog.read(number), catalog.folder)
+    return get_backend(device).frame_from_arrow(table.select(list(names)))

@@ -211,10 +211,65 @@ def test_what_cannot_be_decided_is_refused(run, tmp_path, client, changes, match
     assert not (tmp_path / "OUT2").exists()
 
 
-def test_what_a_stage_decided_by_itself_is_refused(tars, tmp_path, client) -> None:
-    curate(tars, tmp_path / "OUT", client, Odd(), eps=None)
-    with pytest.raises(ConfigError, match=r"samples of \S+ were dropped as 'odd' by the code of a stage"):
-        refilter(str(tmp_path / "OUT"), str(tmp_path / "OUT2"), client=client)
+class OddAndWarm(ProcessingStage):
+    """A stage of one's own that decides by itself and by a rule, and says the same of both."""
+
+    name = "odd"
+    needs = ("image",)
+    adds = {"red": "float32"}
+    views = (PixelView(8, 8),)
+    rules = (Rule("red", ">=", 60, "odd"),)
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        pixels = batch.pixels(self.views[0]).float()
+        batch["red"] = pixels[..., 0].mean(dim=(1, 2))
+        batch.drop(pixels.mean(dim=(1, 2, 3)) > 140, "bright")
+        return batch
+
+
+@pytest.mark.parametrize("own", [Odd, OddAndWarm])
+def test_what_code_dropped_stays_dropped_where_thresholds_do(tars, tmp_path, client, own) -> None:
+    first = curate(tars, tmp_path / "OUT", client, own())
+    assert first.counts["odd"] > 1
+    again = refilter(first.output_dir, str(tmp_path / "SAME"), client=client)
+    assert (again.counts, bytes_of(again)) == (first.counts, bytes_of(first))
+    changes = {"SemanticDedupStage": {"eps": 0.2}, "ImageWriterStage": {"images_per_tar": 7}}
+    anew = refilter(again.output_dir, str(tmp_path / "ANEW"), changes, client=client)
+    expected = curate(tars, tmp_path / "DIRECT", client, own(), eps=0.2, images_per_tar=7)
+    assert (anew.counts, bytes_of(anew)) == (expected.counts, bytes_of(expected))
+    mine, theirs = anew.catalog.compute(), expected.catalog.compute()
+    for column in ("uid", "status", "reason", "duplicate_of", "phase"):
+        assert mine[column].equals(theirs[column]), column
+    assert verify_run(anew.output_dir).ok
+
+
+@pytest.mark.parametrize("own", [Odd, OddAndWarm])
+def test_what_code_dropped_cannot_be_decided_by_other_thresholds(tars, tmp_path, client, own) -> None:
+    first = curate(tars, tmp_path / "OUT", client, own(), eps=None)
+    for changes in ({"ImageQualityFilterStage": {"ranges": {}}}, {"ImageQualityFilterStage": None}):
+        with pytest.raises(ConfigError, match=r"dropped as 'odd' by the code of a stage.*no threshold"):
+            refilter(first.output_dir, str(tmp_path / "OUT2"), changes, client=client)
+    # What code drops after a deduplication depends on what that left.
+    stages = [
+        FilePartitioningStage(str(tars / "*.tar")), ImageReaderStage(), ImageEmbeddingStage(model="tiny-image"),
+        SemanticDedupStage(eps=0.05), Late(), ImageWriterStage(),
+    ]  # fmt: skip
+    late = Pipeline(stages).run(str(tmp_path / "LATE"), client=client)
+    assert late.counts["odd"] > 1
+    with pytest.raises(ConfigError, match="dropped as 'odd' by the code of a stage"):
+        refilter(late.output_dir, str(tmp_path / "OUT3"), {"SemanticDedupStage": {"eps": 0.01}}, client=client)
+
+
+class Late(ProcessingStage):
+    """A stage of one's own that decides by itself, of what is known without images; its rule says the same."""
+
+    name = "odd"
+    needs = ("embedding",)
+    rules = (Rule("width", ">=", 1, "odd"),)
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        batch.drop(batch["embedding"][:, 0] > 0, "positive")
+        return batch
 
 
 def test_folders_that_are_no_finished_run_are_refused(run, tmp_path, client) -> None:

@@ -72,6 +72,9 @@ class Rule:
     def __post_init__(self) -> None:
         if self.op not in _OPERATORS:
             raise ConfigError(f"rule on {self.column}: op={self.op!r} is none of {', '.join(_OPERATORS)}")
+        number = isinstance(self.threshold, numbers.Real) and not isinstance(self.threshold, bool)
+        if not number or self.threshold != self.threshold:
+            raise ConfigError(f"rule on {self.column}: threshold={self.threshold!r} should be a number")
 
     def keeps(self, values: Any) -> Any:
         """Return the mask of the values that are kept."""

@@ -213,7 +213,7 @@ class _Results:
                 if at == k:
                     self._drop(positions, _host(mask).astype(bool), reason, status)
             for rule in stage.rules:
-                valid, values = self._values(rule.column)
+                valid, values = self._compared(stage, rule.column)
                 left = ~valid
                 left[valid] = ~np.asarray(rule.keeps(values), dtype=bool)
                 # What left before needs no second reason.
@@ -247,6 +247,17 @@ class _Results:
                 values = [_host(v) for _, v in parts]
                 self._gathered[name] = valid, np.concatenate(values) if values else np.empty(0)
         return self._gathered[name]
+
+    def _compared(self, stage: ProcessingStage, name: str) -> tuple[npt.NDArray[np.bool_], Any]:
+        """Return the values of a column as the catalog holds them, by which a rule can be applied again."""
+        valid, values = self._values(name)
+        type_ = self._types.get(name)
+        if type_ is not None and len(values) and (pa.types.is_floating(type_) or pa.types.is_integer(type_)):
+            column = self._column(name, type_)
+            valid, values = pc.is_valid(column).to_numpy(zero_copy_only=False), column.drop_null().to_numpy()
+        if values.dtype.kind not in "biuf":
+            raise ConfigError(f"stage {stage.name} has a rule on the column {name!r}, which does not hold numbers")
+        return valid, values
 
     def table(self, out: pa.Schema) -> pa.Table:
         """Return the partition's table in the schema `out`."""
