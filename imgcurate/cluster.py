@@ -370,6 +370,10 @@ def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalC
         if n_workers > 8:
             n_workers = max(8, cores // 4)
     threads = str(max(1, cores // n_workers))
+    shuffles = logging.getLogger("distributed.shuffle._scheduler_plugin")
+    if shuffles.level == logging.NOTSET:
+        # A warning for each shuffle that begins, and one for each that ends.
+        shuffles.setLevel(logging.ERROR)
     return LocalCluster(
         n_workers=n_workers,
         threads_per_worker=1,

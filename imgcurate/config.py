@@ -86,11 +86,15 @@ class _Places:
 
     def of_stage(self, number: int, problem: str) -> str:
         """Return the place of the parameter of a stage that a message is about, else of the stage."""
+        found: list[tuple[int, str]] = []
         for text in self.overrides:
             top, *stage, key = text.partition("=")[0].split(".")
             is_this = top == "stages" and stage and (stage[0] == str(number) or stage[0] in problem)
-            if is_this and re.search(rf"\b{re.escape(key)}\b", problem):
-                return f"--set {text}"
+            if is_this and (named := re.search(rf"\b{re.escape(key)}\b", problem)):
+                found.append((named.start(), text))
+        if found:
+            # What a message names first is what it is about; what may have been meant comes after it.
+            return f"--set {min(found)[1]}"
         inside = [keys for keys in self.lines if keys[:2] == ("stages", number) and len(keys) == _DEEPEST_PLACE]
         about = [keys for keys in inside if re.search(rf"\b{re.escape(str(keys[-1]))}\b", problem)]
         return self.named(*(about[0] if about else ("stages", number)))

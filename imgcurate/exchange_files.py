@@ -14,9 +14,11 @@ Parts of the catalog are read one after the other, so memory is one of them.
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,19 @@ import pyarrow.parquet as pq
 from imgcurate import schema
 from imgcurate.catalog import Catalog, Manifest, write_parquet
 from imgcurate.errors import CatalogError, ConfigError, nearest
-from imgcurate.storage import atomic_write, is_local, join_url, list_files, local_path, make_folder
+from imgcurate.storage import (
+    StorageError,
+    atomic_write,
+    exists,
+    is_local,
+    join_url,
+    list_files,
+    local_path,
+    make_folder,
+    read_bytes,
+    remove,
+)
+from imgcurate.success import UNFINISHED
 
 __all__ = ["FORMATS", "export_run"]
 
@@ -53,6 +67,7 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
         Output folder of a finished run.
     output : str
         Folder for the files, a path or fsspec URL, which must not hold files of these names; made if it is not there.
+        While it is written it holds a file ``_UNFINISHED``; what an export left that was killed is written anew.
     formats : sequence of str
         Of ``kept``, ``removed``, ``npy``, ``clip-retrieval``; see :mod:`imgcurate.exchange_files`.
 
@@ -68,7 +83,7 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
     ConfigError
         If a format is unknown, needs embeddings that the run does not have, or its files are there already.
     StorageError
-        If a file cannot be written; none is there half-written then.
+        If a file cannot be written; none of these formats is there then.
     """
     manifest = Manifest.of_finished(run)
     catalog = Catalog(run, manifest.n_parts)
@@ -80,11 +95,39 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
         if name in ("npy", "clip-retrieval") and schema.EMBEDDING not in catalog.schema.names:
             raise ConfigError(f"{run} has no embeddings, so it cannot be exported as {name}")
     make_folder(output)
-    there = set(list_files(output, "")) | {f"img_emb/{n}" for n in list_files(join_url(output, "img_emb"), ".npy")}
+    mark = join_url(output, UNFINISHED)
+    if exists(mark):
+        # What an export began that was killed is no more than a part of it.
+        _clear(output, [name for name in read_bytes(mark).decode().split() if name in FORMATS])
     for name in formats:
-        if clash := sorted(n for n in there if n.startswith(_PREFIXES[name])):
+        if clash := _there(output, name):
             raise ConfigError(f"{output}/{clash[0]} is there already: name another folder")
-    return {name: FORMATS[name](catalog, output, kept) for name in dict.fromkeys(formats)}
+    with atomic_write(mark) as out:
+        out.write("\n".join(formats).encode())
+    try:
+        written = {name: FORMATS[name](catalog, output, kept) for name in dict.fromkeys(formats)}
+    except BaseException:
+        _clear(output, formats)
+        raise
+    remove(mark)
+    return written
+
+
+def _there(output: str, format_: str) -> list[str]:
+    """Return the files of a format that a folder holds."""
+    folders = {folder for folder, _, _ in (name.rpartition("/") for name in _PATTERNS[format_])}
+    places = {folder: join_url(output, folder) if folder else output for folder in folders}
+    names = [f"{folder}/{n}".lstrip("/") for folder, place in places.items() for n in list_files(place, "")]
+    return sorted(name for name in names for pattern in _PATTERNS[format_] if fnmatch.fnmatchcase(name, pattern))
+
+
+def _clear(output: str, formats: Sequence[str]) -> None:
+    """Take away what an export wrote that did not end, and its mark."""
+    with contextlib.suppress(StorageError):
+        for name in formats:
+            for file in _there(output, name):
+                remove(join_url(output, file))
+        remove(join_url(output, UNFINISHED))
 
 
 def _rows(catalog: Catalog, columns: Sequence[str], *, kept: bool) -> Iterator[pa.Table]:
@@ -186,6 +229,7 @@ def _write_clip_retrieval(catalog: Catalog, output: str, kept: int) -> int:
 FORMATS: Final[Mapping[str, Callable[[Catalog, str, int], int]]] = {
     "kept": _write_kept, "removed": _write_removed, "npy": _write_npy, "clip-retrieval": _write_clip_retrieval,
 }  # fmt: skip
-_PREFIXES: Final[Mapping[str, Any]] = {
-    "kept": ("kept.parquet",), "removed": ("removed.csv",), "npy": ("embeddings.npy",), "clip-retrieval": ("img_emb/",),
+_PATTERNS: Final[Mapping[str, tuple[str, ...]]] = {
+    "kept": ("kept.parquet",), "removed": ("removed.csv",), "npy": ("embeddings.npy",),
+    "clip-retrieval": ("img_emb/img_emb_*.npy", "metadata/metadata_*.parquet"),
 }  # fmt: skip

@@ -116,21 +116,28 @@ def describe_shards(
     """
 
     def describe(shard: Shard) -> dict[str, Any]:
-        if not shard.files:
-            nbytes, state = file_size(shard.url, storage_options), modified(shard.url, storage_options)
-            beside = {"sidecar": sidecars.state(shard, storage_options)} if sidecars.columns else {}
-            return {"url": shard.url, "nbytes": nbytes, "modified": state, **beside}
-        states = _file_states(shard)
-        digest = hashlib.sha256("\n".join(f"{f} {s}" for f, s in zip(shard.files, states, strict=True)).encode())
-        return {"url": shard.url, "files": len(shard.files), "modified": digest.hexdigest()[:32]}
+        described = _describe(shard, storage_options)
+        if sidecars.columns and not shard.files:
+            described["sidecar"] = sidecars.state(shard, storage_options)
+        return described
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(describe, shards))
 
 
+def _describe(shard: Shard, storage_options: StorageOptions | None) -> dict[str, Any]:
+    if not shard.files:
+        nbytes, state = file_size(shard.url, storage_options), modified(shard.url, storage_options)
+        return {"url": shard.url, "nbytes": nbytes, "modified": state}
+    states = _file_states(shard)
+    digest = hashlib.sha256("\n".join(f"{f} {s}" for f, s in zip(shard.files, states, strict=True)).encode())
+    return {"url": shard.url, "files": len(shard.files), "modified": digest.hexdigest()[:32]}
+
+
 def state_of(described: Mapping[str, Any]) -> str:
-    """Return what tells one state of a tar or table from another, as :func:`describe_shards` has it; '' of others."""
-    return "" if "files" in described else f"{described['nbytes']} bytes, {described['modified']}"
+    """Return what tells one state of a shard from another, as :func:`describe_shards` has it."""
+    size = f"{described['files']} files" if "files" in described else f"{described['nbytes']} bytes"
+    return f"{size}, {described['modified']}"
 
 
 def check_unchanged(shard: Shard, storage_options: StorageOptions | None = None) -> None:
@@ -143,8 +150,7 @@ def check_unchanged(shard: Shard, storage_options: StorageOptions | None = None)
     """
     if not shard.state:
         return
-    now = {"nbytes": file_size(shard.url, storage_options), "modified": modified(shard.url, storage_options)}
-    if state_of(now) != shard.state:
+    if state_of(_describe(shard, storage_options)) != shard.state:
         raise InputError(f"{shard.url} {CHANGED}")
 
 

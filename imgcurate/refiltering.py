@@ -195,7 +195,7 @@ class _Recorded:
                 f"{' and '.join(sorted(_THRESHOLDS & set(self.config))) or 'nothing'}"
             )
         stage = make_stage("refilter:", self.name, params, others=self.config)
-        if computes:
+        if computes or isinstance(stage, DatasetStage):
             stage.check(encoder)
         # No model is looked for where none computes: its checksum is that of the run.
         identity = stage.fingerprint() if computes or isinstance(stage, DatasetStage) else {}

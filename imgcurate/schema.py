@@ -7,6 +7,7 @@ the ``meta`` that Dask wants follow from them. No other module spells a column's
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -216,6 +217,7 @@ INDEX_COLUMNS: Final = (
 )  # fmt: skip
 CATALOG_ORDER: Final = tuple(COLUMNS)
 
+_LIST_NAME: Final = re.compile(r"list<(?:item|element): (string|int64|float|double)>\[pyarrow\]")
 # Every row has these; any other integer or boolean may be null.
 _NEVER_NULL: Final = frozenset({UID, OFFSET, NBYTES, WIDTH, HEIGHT})
 
@@ -270,6 +272,22 @@ def pandas_dtype(name: str, type_: pa.DataType) -> Any:
         masked = np.dtype(type_.to_pandas_dtype()).name.replace("u", "U").replace("int", "Int")
         return pd.api.types.pandas_dtype(masked)
     return pd.ArrowDtype(type_)
+
+
+@pd.api.extensions.register_extension_dtype
+class _ListDtype(pd.ArrowDtype):
+    """Lists by the name that pandas gives their type, and does not know again itself.
+
+    Frames that went through Parquet files or from worker to worker name it so.
+    """
+
+    @classmethod
+    def construct_from_string(cls, string: str) -> pd.ArrowDtype:
+        """Return the type of a name such as ``list<item: string>[pyarrow]``."""
+        found = _LIST_NAME.fullmatch(string) if isinstance(string, str) else None
+        if found is None:
+            raise TypeError(f"{string!r} is no list of a known type")
+        return pd.ArrowDtype(pa.list_(pa.type_for_alias(found[1])))
 
 
 def pandas_metadata(schema: pa.Schema) -> dict[str, str]:

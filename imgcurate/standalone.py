@@ -170,6 +170,7 @@ def dedup_embeddings(
     files = find(inputs, columns=[c for c in columns if c != schema.UID], output=folder)
     references = tuple(find(r) for r in reference)
     files, references = _alike(files, references)
+    files, references = files.pinned(), tuple(other.pinned() for other in references)
     run = _Run(files, references, tuple(reference), config, folder)
     with contextlib.ExitStack() as stack:
         if client is None and scheduler is None:

@@ -30,9 +30,11 @@ from imgcurate.storage import (
     remove,
 )
 
-__all__ = ["SUCCESS", "FileDigest", "HashingWriter", "Success", "file_digest"]
+__all__ = ["SUCCESS", "UNFINISHED", "FileDigest", "HashingWriter", "Success", "file_digest"]
 
 SUCCESS: Final = "_SUCCESS"
+UNFINISHED: Final = "_UNFINISHED"
+"""Stands in a folder as long as an export is written there."""
 _FORMAT: Final = 1
 _BLOCK_BYTES: Final = 1024**2
 _THREAD_FROM_BYTES: Final = 2 * 1024**2

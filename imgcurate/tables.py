@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -391,8 +392,11 @@ class _ParquetRows:
         self.schema = self._file.schema_arrow
         self.n_groups = self._file.num_row_groups
 
+        counts = [self._file.metadata.row_group(g).num_rows for g in range(self.n_groups)]
+        self._first_rows: list[int] = [0, *itertools.accumulate(counts)]
+
     def first_row(self, group: int) -> int:
-        return sum(self._file.metadata.row_group(g).num_rows for g in range(group))
+        return self._first_rows[group]
 
     def batches(self, group: int) -> Iterator[pa.RecordBatch]:
         yield from self._file.iter_batches(_BATCH_ROWS, row_groups=[group], use_threads=False)

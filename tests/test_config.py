@@ -171,6 +171,9 @@ def test_what_set_says_is_not_looked_for_in_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "inputs: x\nstages:\n  - SemanticDedupStage: {eps: 0.05}\n")
     with pytest.raises(ConfigError, match=r"^--set stages.SemanticDedupStage.esp=1: stages\[0\] .* has no"):
         load_config(path, ["stages.SemanticDedupStage.esp=1"]).pipeline()
+    both = ["stages.SemanticDedupStage.eps=0.01", "stages.SemanticDedupStage.epz=1"]
+    with pytest.raises(ConfigError, match=r"^--set stages.SemanticDedupStage.epz=1: .* no parameter 'epz'"):
+        load_config(path, both).pipeline()
     wrong = write(tmp_path, "inputs: x\nstages:\n  - ImageReaderStage\n  - SemanticDedupStage: {eps: 3}\n")
     with pytest.raises(ConfigError, match="pipeline.yaml, line 4: .*eps=3"):
         load_config(wrong, ["stages.0.min_size=1"]).pipeline()

@@ -17,7 +17,9 @@ from imgcurate.backend import Backend, list_array
 from imgcurate.catalog import Catalog, Manifest
 from imgcurate.dedup import DedupConfig, dedup_arrays
 from imgcurate.dedup.catalog import CatalogDedup
-from imgcurate.errors import ConfigError, EncoderMismatchError
+from imgcurate.errors import ConfigError, EncoderMismatchError, InputError
+from imgcurate.pipeline import Pipeline
+from imgcurate.stages import FilePartitioningStage, ImageEmbeddingStage, ImageReaderStage, SemanticDedupStage
 from imgcurate.stages.dedup_frames import run_here
 
 N = 600
@@ -295,6 +297,28 @@ def test_a_reference_must_be_a_finished_run_of_the_same_encoder(tmp_path: Path, 
     folder = finished_run(tmp_path / "other", [theirs])
     with pytest.raises(EncoderMismatchError, match="has embeddings of ViT-L-14/openai, and the data set of tiny-image"):
         semantic_dedup(frame_of(ours, 1), reference=[folder])
+
+
+def test_a_reference_that_cannot_be_compared_is_refused_before_anything_is_embedded(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_run(tmp_path / "other", [rows.append_column("encoder", pa.array(["ViT-L-14/openai"] * N))])
+    finished_run(tmp_path / "bare", [rows.drop_columns(["embedding"])])
+    monkeypatch.chdir(tmp_path)
+
+    def plan(reference: str) -> SemanticDedupStage:
+        stage = SemanticDedupStage(reference=[reference])
+        stages = [FilePartitioningStage("x.tar"), ImageReaderStage(), ImageEmbeddingStage(model="tiny-image"), stage]
+        Pipeline(stages).plan()
+        return stage
+
+    with pytest.raises(EncoderMismatchError, match="has embeddings of ViT-L-14/openai, and the data set of tiny-image"):
+        plan("other")
+    with pytest.raises(InputError, match=r"bare' has no embeddings to compare with"):
+        plan("bare")
+    finished_run(tmp_path / "mine", [rows.append_column("encoder", pa.array(["tiny-image"] * N))])
+    # What a run records has the same meaning from any folder.
+    assert plan("mine").reference == (str(tmp_path / "mine"),)
 
 
 def test_a_scratch_folder_may_be_used_again(tmp_path: Path, rows: pa.Table, client: Client) -> None:

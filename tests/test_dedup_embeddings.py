@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import imgcurate.dedup.vector_files as vector_files
 from imgcurate import dedup_embeddings
 from imgcurate.cli import app
 from imgcurate.dedup.vector_files import find_vectors
-from imgcurate.errors import ConfigError, InputError
+from imgcurate.errors import ConfigError, ImgcurateError, InputError
 
 EPS = 0.05
 
@@ -319,6 +320,28 @@ def test_a_stopped_run_goes_on(tmp_path: Path, client: Client) -> None:
         assert centroids.stat().st_mtime_ns == before
 
     dedup_embeddings(source, str(tmp_path / "out"), client=client, progress=look)
+    check(x, *outcome(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npy"])
+def test_a_file_that_is_another_when_it_is_read_is_refused(tmp_path: Path, client: Client, kind: str) -> None:
+    x, source = planted(300, 100), tmp_path / f"a.{kind}"
+
+    def make(values: np.ndarray) -> None:
+        np.save(source, values) if kind == "npy" else write(source, range(300), values)
+
+    make(x)
+    before = source.stat()
+
+    def exchange(phase: str, *_: Any) -> None:
+        if "cluster" in phase and "within" not in phase:
+            make(planted(300, 100, seed=9))
+
+    with pytest.raises(ImgcurateError, match=rf"a.{kind} changed while the run was going on"):
+        dedup_embeddings(str(source), str(tmp_path / "out"), client=client, progress=exchange)
+    make(x)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    dedup_embeddings(str(source), str(tmp_path / "out"), client=client)
     check(x, *outcome(tmp_path / "out"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,10 +156,35 @@ def test_a_failure_leaves_no_file(run: Result, tmp_path: Path, monkeypatch: pyte
         return real(self, number, columns)
 
     monkeypatch.setattr(Catalog, "read", read)
-    for name in ("kept", "removed", "npy"):
+    for name in ALL:
         with pytest.raises(Exception, match="No space left"):
             export_run(run.output_dir, str(tmp_path / name), [name])
-        assert list((tmp_path / name).iterdir()) == []
+        assert [p for p in (tmp_path / name).rglob("*") if p.is_file()] == []
+
+
+def test_an_export_that_was_killed_is_no_data_set_and_goes_on(run: Result, tmp_path: Path, monkeypatch) -> None:
+    real = Catalog.read
+
+    def read(self: Catalog, number: int, columns: list[str] | None = None) -> object:
+        if number == 2:
+            os._exit(9)
+        return real(self, number, columns)
+
+    out = str(tmp_path / "T")
+    if (pid := os.fork()) == 0:
+        Catalog.read = read  # type: ignore[method-assign]
+        try:
+            export_run(run.output_dir, out, ["clip-retrieval"])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert len(list((tmp_path / "T" / "img_emb").iterdir())) in (1, 2)
+    with pytest.raises(InputError, match="is not whole"):
+        dedup_embeddings(out, str(tmp_path / "D"), id_field="image_path")
+    assert export_run(run.output_dir, out, ["clip-retrieval"]) == {"clip-retrieval": run.kept}
+    export_run(run.output_dir, str(tmp_path / "U"), ["clip-retrieval"])
+    whole = {p.relative_to(tmp_path / "U"): p.read_bytes() for p in (tmp_path / "U").rglob("*") if p.is_file()}
+    assert {p.relative_to(tmp_path / "T"): p.read_bytes() for p in (tmp_path / "T").rglob("*") if p.is_file()} == whole
 
 
 def test_command_names_what_it_wrote(run: Result, tmp_path: Path) -> None:

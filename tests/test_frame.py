@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import dask.dataframe as dd
 import numpy as np
+import pandas as pd
 import pytest
 from distributed import Client
 
 from imgcurate import embed, read_webdataset, score_aesthetic, score_nsfw, semantic_dedup, write_webdataset
+from imgcurate.cluster import open_client
 from imgcurate.errors import ConfigError, EncoderMismatchError, InputError
 from imgcurate.stages import ImageEmbeddingStage, ImageReaderStage
 from imgcurate.stages.executor import apply_stages
@@ -79,6 +84,47 @@ def test_from_shards_to_shards(shards: Path, tmp_path: Path, client: Client, rea
         write_webdataset(ddf, str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="needs the column 'spans'"):
         write_webdataset(ddf.drop(columns="spans"), str(tmp_path / "other"))
+
+
+@pytest.fixture(params=["no cluster", "a cluster"])
+def _maybe_a_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    with open_client(device="cpu", n_workers=2) if request.param == "a cluster" else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("_maybe_a_cluster")
+def test_frames_are_shuffled_merged_stored_and_read_again(shards: Path, tmp_path: Path, monkeypatch, read_tar) -> None:
+    monkeypatch.chdir(tmp_path)
+    ddf = read_webdataset(str(shards / "*.tar"))
+    keys = list(ddf.key.compute())
+    assert len(ddf.drop_duplicates(subset="key").compute()) == len(set(keys))
+    assert sorted(ddf.shuffle("key", npartitions=3).key.compute()) == sorted(keys)
+    labels = pd.DataFrame({"key": keys[::3], "label": range(len(keys[::3]))})
+    merged = ddf.merge(dd.from_pandas(labels, npartitions=2).astype({"key": ddf.dtypes["key"]}), on="key")
+    assert sorted(merged.label.compute()) == list(range(len(labels)))
+    # Relative folders are those of this process, wherever workers run.
+    (written,) = write_webdataset(merged, "merged")
+    assert {n.split(".")[0] for n in read_tar(tmp_path / "merged" / written["name"])} == set(keys[::3])
+    embed(ddf, model="tiny-image").to_parquet("embedded")
+    assert pd.read_parquet("embedded").dtypes["members"] == ddf.dtypes["members"]
+    again = dd.read_parquet("embedded")
+    deduped = semantic_dedup(again, eps=0.05, scratch_dir="scratch").compute()
+    direct = semantic_dedup(embed(ddf, model="tiny-image"), eps=0.05).compute()
+    for column in ("uid", "status", "duplicate_of"):
+        assert list(deduped[column].fillna(-1)) == list(direct[column].fillna(-1))
+
+
+def test_frames_that_cannot_work_are_refused(shards: Path, tmp_path: Path) -> None:
+    ddf = embed(read_webdataset(str(shards / "00000.tar")), model="tiny-image")
+    with pytest.raises(ConfigError, match="uid 0 stands in several rows"):
+        semantic_dedup(dd.concat([ddf, ddf]))
+    with pytest.raises(ConfigError, match="takes a Dask DataFrame, not DataFrame: leave out compute"):
+        write_webdataset(ddf.compute(), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="takes a Dask DataFrame"):
+        semantic_dedup(ddf.compute())
+    wrong = ddf.assign(embedding="text")
+    with pytest.raises(ConfigError, match="does not hold what it should"):
+        semantic_dedup(wrong)
 
 
 def test_a_head_refuses_embeddings_of_another_model(shards: Path) -> None:

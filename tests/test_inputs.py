@@ -9,6 +9,8 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,18 @@ from imgcurate.archives import Archives
 from imgcurate.config import RunConfig
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.folders import file_name, list_folder, quoted
-from imgcurate.inputs import describe_shards, find_shards
+from imgcurate.inputs import check_unchanged, describe_shards, find_shards, state_of
 from imgcurate.inspection import inspect_shards
 from imgcurate.shards import Shard, index_shard
 from imgcurate.sidecars import find_sidecars
+from imgcurate.stages import (
+    ExactDedupStage,
+    ImageEmbeddingStage,
+    ImageReaderStage,
+    PerceptualDedupStage,
+    Rule,
+    SemanticDedupStage,
+)
 from imgcurate.tables import image_column
 
 
@@ -560,3 +570,43 @@ def test_remote_inputs_of_every_kind_give_the_bytes_of_local_ones(
         files.rm("/in", recursive=True)
     assert runs["local"][0] == {"decode_error": 2, "no_image": 3, "ok": 96}
     assert runs["memory"] == runs["local"]
+
+
+def test_a_folder_of_images_is_what_it_was_when_the_run_began(tmp_path: Path, encode, photos) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(photos[i]))
+    shards = find_shards(str(tmp_path))
+    (shard,) = (replace(s, state=state_of(d)) for s, d in zip(shards, describe_shards(shards), strict=True))
+    check_unchanged(shard)
+    before = (tmp_path / "1.jpg").stat()
+    (tmp_path / "1.jpg").write_bytes(encode(photos[5]))
+    with pytest.raises(InputError, match="changed while the run was going on"):
+        check_unchanged(shard)
+    (tmp_path / "1.jpg").write_bytes(encode(photos[1]))
+    os.utime(tmp_path / "1.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
+    check_unchanged(shard)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ImageReaderStage(text_columns=None),
+        lambda: ImageReaderStage(text_columns=5),
+        lambda: ImageReaderStage(num_gpus_per_worker=None),
+        lambda: ImageReaderStage(num_gpus_per_worker="1"),
+        lambda: ImageEmbeddingStage(model=3),
+        lambda: ImageEmbeddingStage(model=None),
+        lambda: ImageEmbeddingStage(pretrained=None),
+        lambda: ImageEmbeddingStage(model_dir=5),
+        lambda: ExactDedupStage(keep_by=None),
+        lambda: PerceptualDedupStage(keep_by=5),
+        lambda: SemanticDedupStage(eps_list=0.1),
+        lambda: SemanticDedupStage(eps_list=None),
+        lambda: Rule("x", ">=", "abc", "low"),
+        lambda: Rule("x", ">=", float("nan"), "low"),
+        lambda: Rule("x", ">=", True, "low"),
+    ],
+)
+def test_parameters_of_another_type_are_told_by_name(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigError, match="should be|path of a file"):
+        make()

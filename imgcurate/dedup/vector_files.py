@@ -12,9 +12,9 @@ row groups of a file, or a range of rows of a larger one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ from imgcurate.catalog import MANIFEST
 from imgcurate.dedup.parquet_rows import open_parquet, row_batches
 from imgcurate.dedup.vectors import NpyFile, ids_as_keys, ids_from_keys, list_lengths, unified_type
 from imgcurate.errors import InputError, nearest
+from imgcurate.inputs import CHANGED
 from imgcurate.patterns import expand_urls
 from imgcurate.storage import (
     StorageOptions,
@@ -42,6 +43,7 @@ from imgcurate.storage import (
     modified,
     open_source,
 )
+from imgcurate.success import UNFINISHED
 
 __all__ = ["VectorFiles", "find_vectors"]
 
@@ -98,6 +100,8 @@ class VectorFiles:
         Passed to fsspec for the files.
     storage_options : mapping, optional
         Passed to fsspec for what deduplication writes.
+    states : mapping of str to str
+        What the files were when the run began, by URL: one that is another when it is read is refused.
     """
 
     folder: str
@@ -108,6 +112,7 @@ class VectorFiles:
     dim: int = 0
     input_options: StorageOptions | None = None
     storage_options: StorageOptions | None = None
+    states: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -159,12 +164,15 @@ class VectorFiles:
                 made[name] = self._embeddings(part, table)
             else:
                 made[name] = table[name] if table is not None else None
+        if stored or schema.EMBEDDING in names:
+            self._check_unchanged(part)
         return pa.table(made)
 
     def ids(self, number: int) -> pa.Array:
         """Return the ids of a part, of type :attr:`id_type`."""
         part = self.parts[number]
         table = _read_rows(part, [self.id_field], self.input_options) if part.table else None
+        self._check_unchanged(part)
         return self._ids(part, table)
 
     def ids_from_keys(self, keys: Sequence[str]) -> pa.Array:
@@ -174,10 +182,17 @@ class VectorFiles:
     def files(self) -> list[dict[str, Any]]:
         """Return what the files are now: URL, size and state of each, as plain data."""
         urls = dict.fromkeys(url for part in self.parts for url in (part.table, part.vectors) if url)
-        return [
-            {"url": u, "nbytes": file_size(u, self.input_options), "modified": modified(u, self.input_options)}
-            for u in urls
-        ]
+        return [_described(url, self.input_options) for url in urls]
+
+    def pinned(self) -> VectorFiles:
+        """Return the same, bound to the files as they are now."""
+        return replace(self, states={f["url"]: _state(f) for f in self.files()})
+
+    def _check_unchanged(self, part: VectorPart) -> None:
+        """Refuse files that are not as they were: what was read of them has no meaning beside the rest."""
+        for url in filter(None, (part.table, part.vectors)):
+            if (before := self.states.get(url)) is not None and _state(_described(url, self.input_options)) != before:
+                raise InputError(f"{url} {CHANGED}")
 
     def with_dim(self) -> VectorFiles:
         """Return the same with the length of the first embedding that is not null."""
@@ -227,6 +242,14 @@ class VectorFiles:
                 f"and the first one has {self.dim}: all must have the same length"
             )
         return column
+
+
+def _described(url: str, options: StorageOptions | None) -> dict[str, Any]:
+    return {"url": url, "nbytes": file_size(url, options), "modified": modified(url, options)}
+
+
+def _state(described: Mapping[str, Any]) -> str:
+    return f"{described['nbytes']} bytes, {described['modified']}"
 
 
 def find_vectors(
@@ -293,6 +316,8 @@ def _files_of(url: str, options: StorageOptions | None) -> Iterator[tuple[str, s
         file_size(url, options)  # Says so if there is no such file.
         yield url, "" if url.endswith(".npy") else url
         return
+    if exists(join_url(url, UNFINISHED), options):
+        raise InputError(f"{url} is not whole: an export into it was stopped. Give its command again")
     vectors = list_files(join_url(url, "img_emb"), ".npy", options)
     if vectors:
         tables = {_number(n): n for n in list_files(join_url(url, "metadata"), ".parquet", options)}

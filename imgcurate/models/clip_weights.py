@@ -20,6 +20,7 @@ from imgcurate.models.weights import default_model_dir, file_sha256
 __all__ = ["ClipWeights", "embed_dim", "find", "identity", "load", "present", "tokenizer"]
 
 RANDOM: Final = "random"
+_MOST_SAID: Final = 300
 _SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin")
 logger = logging.getLogger(__name__)
 
@@ -166,8 +167,10 @@ def load(weights: ClipWeights) -> Any:
         else:
             load_checkpoint(model, str(weights.path), strict=True, weights_only=True)
     except Exception as exc:
-        first = (str(exc) or type(exc).__name__).strip().splitlines()[0]
-        raise WeightsError(f"{weights.path} does not hold weights of {weights.model}: {first}") from exc
+        # torch names what does not fit in the lines below its first.
+        lines = [line.strip() for line in (str(exc) or type(exc).__name__).strip().splitlines()]
+        said = f"{lines[0]} {lines[1][:_MOST_SAID]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+        raise WeightsError(f"{weights.path} does not hold weights of {weights.model}: {said}") from exc
     return model
 
 

@@ -78,6 +78,8 @@ class EncoderSpec:
         if self.compile not in (True, False, "auto"):
             raise ConfigError(f"compile={self.compile!r} is none of true, false, auto")
         check_batch_size("model_inference_batch_size", self.batch_size)
+        if not isinstance(self.model, str):
+            raise ConfigError(f"model={self.model!r} should be the name of an open_clip model, or {TINY_IMAGE}")
         if self.model != TINY_IMAGE:
             names = _open_clip_models()
             if self.model not in names:

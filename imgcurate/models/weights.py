@@ -172,6 +172,8 @@ def resolve_model_dir(model_dir: str | os.PathLike[str] | None) -> Path:
 
 def absolute_path(path: str | os.PathLike[str] | None) -> str | None:
     """Return a local path as a worker in another working folder finds it; a URL or None as it is."""
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"{path!r} should be the path of a file or folder")
     if path is None or not storage.is_local(os.fspath(path)):
         return None if path is None else os.fspath(path)
     return str(Path(storage.local_path(os.fspath(path))).expanduser().absolute())

@@ -35,6 +35,7 @@ __all__ = [
     "Stage",
     "Worker",
     "check_count",
+    "check_texts",
     "columns_added",
     "stage_config",
 ]
@@ -245,6 +246,18 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ConfigError(f"{name}={value!r} should be a whole number")
     if value < least:
         raise ConfigError(f"{name}={value} should be >= {least}")
+
+
+def check_texts(name: str, value: Any, example: str) -> None:
+    """Check a parameter that is a sequence of texts, none of them empty.
+
+    Raises
+    ------
+    ConfigError
+        If it is none.
+    """
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
+        raise ConfigError(f"{name}={value!r} should be a sequence of strings, such as [{example}]")
 
 
 def columns_added(stage: Stage) -> dict[str, pa.DataType]:

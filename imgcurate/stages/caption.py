@@ -86,9 +86,9 @@ class ImageCaptionFilterStage(ProcessingStage):
         if self.precision == "fp8":
             raise ConfigError("precision='fp8' is for images alone: captions take auto, fp32, bf16 or fp16")
         self.model_dir = absolute_path(self.model_dir)
-        pretrained = absolute_weights(self.pretrained)
+        self.pretrained = absolute_weights(self.pretrained)
         self._spec = EncoderSpec(
-            self.model, pretrained, self.model_dir, self.precision, self.model_inference_batch_size
+            self.model, self.pretrained, self.model_dir, self.precision, self.model_inference_batch_size
         )
         check_knows_text(self._spec)
         self._encoder: TextEncoder | None = None

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import dask
 import dask.dataframe as dd
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from distributed import Client
 
@@ -22,6 +24,7 @@ from imgcurate.dedup.verdicts import DedupJob, Ledger
 from imgcurate.errors import ConfigError
 from imgcurate.execution import Progress, run_on_client
 from imgcurate.liveness import gpu_share
+from imgcurate.models.weights import absolute_path
 from imgcurate.stages.executor import frame_types
 from imgcurate.storage import join_url
 
@@ -60,11 +63,16 @@ def dedup_frame(
     Raises
     ------
     ConfigError
-        If a column is missing.
+        If a column is missing, or a uid stands in several rows.
     """
+    if not isinstance(ddf, dd.DataFrame):
+        raise ConfigError(
+            f"{function} takes a Dask DataFrame, as of read_webdataset or embed, not {type(ddf).__name__}"
+        )
     for column in (schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.REASON, *needs):
         if column not in ddf.columns:
             raise ConfigError(f"{function} needs the column {column!r}, and the frame has {', '.join(ddf.columns)}")
+    scratch_dir = absolute_path(scratch_dir)
     if scratch_dir is None:
         scratch_dir = tempfile.mkdtemp(prefix="imgcurate-dedup-")
         atexit.register(shutil.rmtree, scratch_dir, ignore_errors=True)
@@ -75,7 +83,8 @@ def dedup_frame(
     spooled.make_folders()
     out = schema.arrow_schema(types, types)
     spool = dask.delayed(_spool, pure=False)
-    dask.compute(*(spool(part, i, spooled, out) for i, part in enumerate(ddf[out.names].to_delayed())))
+    uids = dask.compute(*(spool(part, i, spooled, out) for i, part in enumerate(ddf[out.names].to_delayed())))
+    _check_distinct(function, uids)
     job = make_job(spooled, join_url(scratch_dir, "dedup"))
     job.run(run_here)
     ledger = Ledger(job)
@@ -130,9 +139,25 @@ def run_here(
     return dict(zip(numbers, dask.compute(*(task(n) for n in numbers)), strict=True))
 
 
-def _spool(frame: Any, number: int, catalog: Catalog, out: pa.Schema) -> None:
+def _spool(frame: Any, number: int, catalog: Catalog, out: pa.Schema) -> npt.NDArray[np.int64]:
     backend = Backend("cpu" if type(frame).__module__.startswith("pandas") else "gpu")
-    catalog.write_part(number, backend.frame_to_arrow(frame, out))
+    try:
+        table = backend.frame_to_arrow(frame, out)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as exc:
+        raise ConfigError(f"a column of the frame does not hold what it should: {exc}") from exc
+    catalog.write_part(number, table)
+    uids: npt.NDArray[np.int64] = table[schema.UID].to_numpy()
+    return uids
+
+
+def _check_distinct(function: str, uids: Sequence[npt.NDArray[np.int64]]) -> None:
+    """Refuse a frame in which samples stand more than once: by their uid they are named, kept and dropped."""
+    ordered = np.sort(np.concatenate([*uids, np.empty(0, np.int64)]))
+    if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
+        raise ConfigError(
+            f"{function}: uid {twice[0]} stands in several rows of the frame: each sample should be there once "
+            "(of frames of several read_webdataset, numbers begin anew: read them by one call)"
+        )
 
 
 def _decided_part(number: int, ledger: Ledger, out: pa.Schema, device: str) -> Any:

@@ -19,7 +19,8 @@ from imgcurate.dedup.exchange import Scratch
 from imgcurate.dedup.verdicts import Ledger
 from imgcurate.errors import ConfigError, EncoderMismatchError, InputError
 from imgcurate.execution import Progress
-from imgcurate.stages.base import DatasetStage
+from imgcurate.models.weights import absolute_path
+from imgcurate.stages.base import DatasetStage, check_texts
 from imgcurate.stages.dedup_frames import client_runner, dedup_frame
 from imgcurate.storage import join_url, make_folder
 
@@ -97,10 +98,13 @@ class SemanticDedupStage(DatasetStage):
     name: ClassVar[str] = "SemanticDedupStage"
 
     def __post_init__(self) -> None:
-        for parameter, example in (("keep_by", "-width*height"), ("reference", "OLD_OUT")):
-            value = getattr(self, parameter)
-            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
-                raise ConfigError(f"{parameter}={value!r} should be a sequence of strings, such as [{example}]")
+        check_texts("keep_by", self.keep_by, "-width*height")
+        check_texts("reference", self.reference, "OLD_OUT")
+        if not isinstance(self.eps_list, (list, tuple)):
+            raise ConfigError(f"eps_list={self.eps_list!r} should be a sequence of numbers, such as [0.03, 0.1]")
+        # What a run records has a meaning in any folder.
+        folders = tuple(absolute_path(folder) or folder for folder in self.reference)
+        object.__setattr__(self, "reference", folders)
         if self.only_reference and not self.reference:
             raise ConfigError("only_reference=True needs a reference: the output folder of a finished run")
         _ = self.config
@@ -136,6 +140,15 @@ class SemanticDedupStage(DatasetStage):
     def adds(self) -> Mapping[str, str | pa.DataType]:  # type: ignore[override]
         """The columns of decisions."""
         return {name: schema.arrow_type(name) for name in _added(self.reference)}
+
+    def check(self, encoder: str | None) -> None:
+        """Refuse reference runs whose embeddings are of another encoder, before anything is embedded."""
+        for folder in self.reference:
+            reference, _ = _open_run(folder)
+            if schema.EMBEDDING not in reference.schema.names:
+                raise InputError(f"reference={folder!r} has no embeddings to compare with")
+            if encoder is not None:
+                _check_same(folder, _encoders(reference), {encoder})
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the identity of the reference runs."""
@@ -240,12 +253,15 @@ def _references(folders: Sequence[str], catalog: Catalog) -> tuple[Catalog, ...]
     references = tuple(_open_run(folder)[0] for folder in folders)
     ours = _encoders(catalog)
     for folder, reference in zip(folders, references, strict=True):
-        theirs = _encoders(reference)
-        if len(ours | theirs) > 1:
-            raise EncoderMismatchError(
-                f"reference={folder!r} has embeddings of {', '.join(theirs)}, and the data set of {', '.join(ours)}"
-            )
+        _check_same(folder, _encoders(reference), ours)
     return references
+
+
+def _check_same(folder: str, theirs: set[str], ours: set[str]) -> None:
+    if len(ours | theirs) > 1:
+        raise EncoderMismatchError(
+            f"reference={folder!r} has embeddings of {', '.join(theirs)}, and the data set of {', '.join(ours)}"
+        )
 
 
 def _encoders(catalog: Catalog) -> set[str]:

@@ -80,9 +80,9 @@ class ImageEmbeddingStage(ProcessingStage):
 
     def __post_init__(self) -> None:
         self.model_dir = absolute_path(self.model_dir)
-        pretrained = absolute_weights(self.pretrained)
+        self.pretrained = absolute_weights(self.pretrained)
         self._spec = EncoderSpec(
-            self.model, pretrained, self.model_dir, self.precision, self.model_inference_batch_size, self.compile
+            self.model, self.pretrained, self.model_dir, self.precision, self.model_inference_batch_size, self.compile
         )
         self._encoder: Encoder | None = None
 

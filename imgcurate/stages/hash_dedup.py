@@ -17,7 +17,7 @@ from imgcurate.dedup.keep import KeepOrder
 from imgcurate.dedup.verdicts import CONTENT, PHASH, PIXELS, Ledger
 from imgcurate.errors import ConfigError
 from imgcurate.execution import Progress
-from imgcurate.stages.base import DatasetStage
+from imgcurate.stages.base import DatasetStage, check_texts
 from imgcurate.stages.dedup_frames import client_runner, dedup_frame
 
 __all__ = ["ExactDedupStage", "PerceptualDedupStage", "exact_dedup", "perceptual_dedup"]
@@ -34,8 +34,7 @@ class _HashDedupStage(DatasetStage):
     adds: ClassVar[Mapping[str, str | pa.DataType]] = {name: schema.arrow_type(name) for name in _ADDS}
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_by, str):
-            raise ConfigError(f"keep_by={self.keep_by!r} should be a sequence of strings")
+        check_texts("keep_by", self.keep_by, "-width*height")
         _ = self._order
 
     @property

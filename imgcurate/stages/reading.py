@@ -138,9 +138,10 @@ class ImageReaderStage(Stage):
         ratio = self.max_aspect_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 1:
             raise ConfigError(f"max_aspect_ratio={ratio!r} should be a number >= 1")
-        if not 0 < self.num_gpus_per_worker <= 1:
-            raise ConfigError(f"num_gpus_per_worker={self.num_gpus_per_worker} should be in (0, 1]")
-        if isinstance(self.text_columns, str):
+        share = self.num_gpus_per_worker
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ConfigError(f"num_gpus_per_worker={share!r} should be a number in (0, 1]")
+        if isinstance(self.text_columns, str) or not isinstance(self.text_columns, Sequence):
             raise ConfigError(f"text_columns={self.text_columns!r} should be a sequence, such as ('txt',)")
         if not all(isinstance(c, str) and c and c == c.lower() for c in self.text_columns):
             raise ConfigError(f"text_columns={list(self.text_columns)!r} should be extensions, such as 'txt'")

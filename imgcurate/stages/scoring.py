@@ -58,6 +58,8 @@ def encoders_of(batch: ImageBatch) -> list[str]:
 
 def absolute_weights(pretrained: str) -> str:
     """Return the absolute path of a weights file, for workers run elsewhere; a tag as it is."""
+    if not isinstance(pretrained, str):
+        raise ConfigError(f"pretrained={pretrained!r} should be a tag of open_clip, such as 'openai', or a file")
     if ("/" in pretrained or "." in pretrained) and Path(pretrained).expanduser().is_file():
         return absolute_path(pretrained) or pretrained
     return pretrained

@@ -18,9 +18,10 @@ from imgcurate.catalog import Catalog
 from imgcurate.errors import ConfigError
 from imgcurate.execution import call_frame
 from imgcurate.export import OutputShard, kept_counts, plan_shards, write_shard
+from imgcurate.models.weights import absolute_path
 from imgcurate.stages.base import DatasetStage, check_count
 from imgcurate.stages.executor import frame_types
-from imgcurate.storage import StorageOptions, clear_away, join_url, list_files, make_folder
+from imgcurate.storage import StorageOptions, check_output, clear_away, join_url, list_files, make_folder
 
 __all__ = ["ImageWriterStage", "write_webdataset"]
 
@@ -101,6 +102,13 @@ def write_webdataset(
     in `output_dir`, without embeddings.
     """
     check_count("images_per_tar", images_per_tar)
+    if not isinstance(ddf, dd.DataFrame):
+        raise ConfigError(
+            f"write_webdataset takes a Dask DataFrame, not {type(ddf).__name__}: leave out compute(), or filter the "
+            "Dask frame, as by ddf[ddf.uid.isin(frame.uid)]"
+        )
+    output_dir = absolute_path(output_dir) or ""
+    check_output(output_dir)
     missing = [c for c in _NEEDS if c not in ddf.columns]
     if missing:
         raise ConfigError(f"write_webdataset needs the column {missing[0]!r}, which the frame does not have")

@@ -83,7 +83,8 @@ class ImageZeroShotFilterStage(ProcessingStage):
                 raise ConfigError(f"ranges: there is no label {label!r}{nearest(str(label), self._prompts)}")
             check_pair(label, bounds)
         self.model_dir = absolute_path(self.model_dir)
-        self._spec = EncoderSpec(self.model, absolute_weights(self.pretrained), self.model_dir)
+        self.pretrained = absolute_weights(self.pretrained)
+        self._spec = EncoderSpec(self.model, self.pretrained, self.model_dir)
         check_knows_text(self._spec)
         self._classifier: _Classifier | None = None
 
