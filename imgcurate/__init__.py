@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from imgcurate.report.page import make_report
     from imgcurate.searching import search
     from imgcurate.stages import (
+        ColumnFilterStage,
         DatasetStage,
         ExactDedupStage,
         FilePartitioningStage,
@@ -73,6 +74,7 @@ _HOMES = {
     "dedup_embeddings": "standalone",
     "Verification": "verification",
     "verify_run": "verification",
+    "ColumnFilterStage": "stages",
     "DatasetStage": "stages",
     "ExactDedupStage": "stages",
     "FilePartitioningStage": "stages",
@@ -102,6 +104,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ColumnFilterStage",
     "DatasetStage",
     "DedupedEmbeddings",
     "ExactDedupStage",

@@ -40,6 +40,7 @@ from imgcurate.console import (
     TlsCa,
     TlsCert,
     TlsKey,
+    Where,
     Workers,
     ZeroShot,
     ZeroShotRange,
@@ -145,6 +146,7 @@ def curate(
     caption: Caption = None,
     zero_shot: ZeroShot = None,
     zero_shot_range: ZeroShotRange = None,
+    where: Where = None,
     quality: Annotated[
         list[str] | None,
         typer.Option(
@@ -208,8 +210,9 @@ def curate(
     quiet: Quiet = False,
 ) -> None:
     """Curate shards: embed, score, filter, remove duplicates, write what is kept."""
-    from imgcurate.options import caption_options, quality_ranges, zero_shot_options
+    from imgcurate.options import caption_options, column_ranges, quality_ranges, zero_shot_options
     from imgcurate.stages import (
+        ColumnFilterStage,
         ExactDedupStage,
         ImageAestheticFilterStage,
         ImageCaptionFilterStage,
@@ -246,6 +249,8 @@ def curate(
         texts += {stages[-1].text_column} - set(texts)
     if prompts := zero_shot_options(zero_shot or [], zero_shot_range or []):
         stages.append(ImageZeroShotFilterStage(**{"labels": {}, **prompts, **model}))
+    if where:
+        stages.append(ColumnFilterStage(column_ranges(where)))
     if exact_dedup:
         stages.append(ExactDedupStage(keep_by=keep_by))
     if perceptual is not None:

@@ -30,6 +30,7 @@ from imgcurate.console import (
     TlsCa,
     TlsCert,
     TlsKey,
+    Where,
     Workers,
     ZeroShot,
     ZeroShotRange,
@@ -65,6 +66,7 @@ def refilter(
     caption: Caption = None,
     zero_shot: ZeroShot = None,
     zero_shot_range: ZeroShotRange = None,
+    where: Where = None,
     quality: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN=MIN:MAX", help="Keep these ranges, and no others; repeatable.")
     ] = None,
@@ -95,7 +97,7 @@ def refilter(
     quiet: Quiet = False,
 ) -> None:
     """Decide a finished run anew, without decoding an image: what is not given stays as it was."""
-    from imgcurate.options import caption_options, quality_ranges, storage_options, zero_shot_options
+    from imgcurate.options import caption_options, column_ranges, quality_ranges, storage_options, zero_shot_options
     from imgcurate.refiltering import refilter as decide
     from imgcurate.refiltering import stages_of
 
@@ -109,6 +111,7 @@ def refilter(
         "ImageNSFWFilterStage": {"score_threshold": max_nsfw},
         "ImageCaptionFilterStage": caption_options(min_caption_similarity, caption),
         "ImageZeroShotFilterStage": zero_shot_options(zero_shot or [], zero_shot_range or []),
+        "ColumnFilterStage": {"ranges": column_ranges(where) if where else None},
         "ImageQualityFilterStage": {"ranges": quality_ranges(quality) if quality else None},
         "ExactDedupStage": {"keep_by": keep_by if exact_dedup else None},
         "PerceptualDedupStage": {

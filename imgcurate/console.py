@@ -47,6 +47,7 @@ __all__ = [
     "TlsCa",
     "TlsCert",
     "TlsKey",
+    "Where",
     "Workers",
     "ZeroShot",
     "ZeroShotRange",
@@ -115,6 +116,12 @@ ZeroShot = Annotated[
 ZeroShotRange = Annotated[
     list[str] | None,
     typer.Option(metavar="LABEL=MIN:MAX", help="Keep this range of a label's probability; repeatable."),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="COLUMN=MIN:MAX", help="Keep this range of a column of sidecars or scores, as punsafe=:0.1; repeatable."
+    ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]

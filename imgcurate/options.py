@@ -9,7 +9,7 @@ import yaml
 
 from imgcurate.errors import ConfigError
 
-__all__ = ["caption_options", "quality_ranges", "ranges_of", "storage_options", "zero_shot_options"]
+__all__ = ["caption_options", "column_ranges", "quality_ranges", "ranges_of", "storage_options", "zero_shot_options"]
 
 _TEXT_OPTIONS: Final = frozenset({"key", "secret", "token", "username", "password"})
 
@@ -56,6 +56,11 @@ def ranges_of(
 def quality_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
     """Return the ranges of ``--quality``; see :func:`ranges_of`."""
     return ranges_of("--quality", texts, "COLUMN=MIN:MAX", "sharpness=100: or aspect_ratio=:3")
+
+
+def column_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
+    """Return the ranges of ``--where``; see :func:`ranges_of`."""
+    return ranges_of("--where", texts, "COLUMN=MIN:MAX", "punsafe=:0.1")
 
 
 def zero_shot_options(labels: Sequence[str], ranges: Sequence[str]) -> dict[str, Any]:

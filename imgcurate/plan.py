@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -9,10 +10,11 @@ from typing import Final
 import pyarrow as pa
 
 from imgcurate import schema
-from imgcurate.errors import ConfigError, nearest
+from imgcurate.errors import ConfigError, InputError, nearest
 from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Stage, columns_added
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.writer import ImageWriterStage
+from imgcurate.storage import StorageError
 
 __all__ = ["Phase", "Plan", "check_numbers", "make_phases", "make_plan"]
 
@@ -106,7 +108,7 @@ def make_plan(stages: Sequence[Stage]) -> Plan:
     writer = None
     if rest and isinstance(rest[-1], ImageWriterStage):
         writer, rest = rest[-1], rest[:-1]
-    types = _check_columns(reader, [*rest, *([writer] if writer else [])])
+    types = _check_columns(source, reader, [*rest, *([writer] if writer else [])])
     return Plan(source, reader, make_phases(rest), writer, types)
 
 
@@ -150,15 +152,18 @@ def _head(stages: Sequence[Stage]) -> tuple[FilePartitioningStage, ImageReaderSt
     return stages[0], stages[1], rest
 
 
-def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[str, pa.DataType]:
+def _check_columns(
+    source: FilePartitioningStage, reader: ImageReaderStage, stages: Sequence[Stage]
+) -> dict[str, pa.DataType]:
     types = columns_added(reader)
+    beside = _Beside(source, {column for stage in (reader, *stages) for column in columns_added(stage)})
     removed: dict[str, str] = {}
     encoder: str | None = None
     for stage in stages:
         for column in stage.needs:
-            if column not in types:
+            if column not in types and column not in beside:
                 raise ConfigError(_missing(stage, column, types, removed))
-        check_numbers(stage, types)
+        check_numbers(stage, {**beside.known, **types})
         stage.check(encoder)
         _check_statuses(stage)
         added = columns_added(stage)
@@ -173,13 +178,11 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
         if schema.EMBEDDING in added and isinstance(stage, ProcessingStage):
             encoder = stage.encoder
         for rule in stage.rules if isinstance(stage, ProcessingStage) else ():
-            if rule.column not in types and rule.column not in _MAKERS and rule.column not in removed:
-                raise ConfigError(
-                    f"stage {stage.name} has a rule on the column {rule.column!r}, which neither it, in 'adds', nor a "
-                    "stage before it gives"
-                )
-            if rule.column not in types:
-                raise ConfigError(_missing(stage, rule.column, types, removed))
+            if rule.column not in types and rule.column not in beside:
+                raise ConfigError(_without_column(stage, rule.column, types, removed))
+            type_ = types.get(rule.column, beside.known.get(rule.column))
+            if type_ is not None and not any(is_(type_) for is_ in _NUMBERS):
+                raise ConfigError(f"stage {stage.name}: the column {rule.column!r} does not hold numbers, but {type_}")
         before = f"{stage.name}: move the stage before it"
         if isinstance(stage, DatasetStage):
             gone = {IMAGE: before}
@@ -190,6 +193,31 @@ def _check_columns(reader: ImageReaderStage, stages: Sequence[Stage]) -> dict[st
         removed |= gone
     types.pop(IMAGE, None)
     return types
+
+
+def _without_column(stage: Stage, column: str, types: dict[str, pa.DataType], removed: dict[str, str]) -> str:
+    """Say that a stage has a rule on a column that is not there."""
+    if column in _MAKERS or column in removed:
+        return _missing(stage, column, types, removed)
+    words = f"stage {stage.name} has a rule on the column {column!r}, which neither it, in 'adds', "
+    return f"{words}nor a stage before it gives{nearest(column, types)}"
+
+
+class _Beside:
+    """The columns of sidecars, looked for when a stage needs a column that no stage gives."""
+
+    def __init__(self, source: FilePartitioningStage, taken: set[str]) -> None:
+        self._source, self._taken = source, taken
+        self._found = False
+        self.known: dict[str, pa.DataType] = {}
+
+    def __contains__(self, column: str) -> bool:
+        if not self._found and column not in schema.COLUMNS and column != IMAGE:
+            self._found = True
+            # That there are no inputs is told when they are read.
+            with contextlib.suppress(InputError, StorageError):
+                self.known = dict(self._source.find(taken=self._taken)[1].types)
+        return column in self.known
 
 
 def check_numbers(stage: Stage, types: Mapping[str, pa.DataType]) -> None:

@@ -59,6 +59,7 @@ __all__ = [
     "STATUS",
     "STATUS_AESTHETIC",
     "STATUS_CAPTION",
+    "STATUS_COLUMN",
     "STATUS_DECODER_CRASH",
     "STATUS_DECODE_ERROR",
     "STATUS_DUPLICATE",
@@ -132,6 +133,7 @@ STATUS_FAILED: Final = "failed"
 STATUS_AESTHETIC: Final = "aesthetic"
 STATUS_NSFW: Final = "nsfw"
 STATUS_CAPTION: Final = "caption"
+STATUS_COLUMN: Final = "column"
 STATUS_ZERO_SHOT: Final = "zero_shot"
 STATUS_DUPLICATE: Final = "duplicate"
 UNREADABLE: Final = frozenset(

@@ -24,10 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from test_pipeline import checksums, output_members, tiny_pipeline
+from typer.testing import CliRunner
 
 import imgcurate as ic
 from imgcurate import schema
 from imgcurate.archives import Archives
+from imgcurate.cli import app
 from imgcurate.config import RunConfig
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.folders import file_name, list_folder, quoted
@@ -427,6 +429,50 @@ def test_columns_of_sidecars_join_the_frame_and_the_output(img2dataset: Path, cl
     again = tiny_pipeline(str(tmp_path / "OUT" / "shards")).run(str(tmp_path / "again"), client=client)
     assert again.counts == {"ok": 10}
     assert "url" not in again.catalog.columns
+
+
+def test_columns_of_sidecars_decide(img2dataset: Path, client: Client, tmp_path: Path) -> None:
+    def run(out: str, *stages: ic.ProcessingStage) -> ic.Result:
+        source = ic.FilePartitioningStage(str(img2dataset))
+        return ic.Pipeline([source, ic.ImageReaderStage(), *stages]).run(str(tmp_path / out), client=client)
+
+    embedding = ImageEmbeddingStage(model="tiny-image")
+    where = ic.ColumnFilterStage({"punsafe": (0.5, None), "source_width": (None, 4)})
+    result = run("OUT", embedding, where, SemanticDedupStage(keep_by=["-punsafe"]))
+    rows = result.catalog.compute()
+    keeps = (rows.punsafe >= 0.5) & (rows.source_width <= 4)
+    assert 0 < keeps.sum() < len(rows)
+    assert list(rows.status == "column") == list(~keeps)
+    assert set(rows.reason[~keeps]) > {"punsafe 0.25 < 0.50", "source_width 5 > 4"}
+    # Other ranges, of a column that is there, need no image.
+    changes = {"ColumnFilterStage": {"ranges": {"punsafe": (None, 0.3)}}}
+    anew = ic.refilter(result.output_dir, str(tmp_path / "ANEW"), changes, client=client)
+    assert anew.counts["column"] == (rows.punsafe > 0.3).sum()
+    # What the sidecars do not tell is not kept.
+    (img2dataset / "00001.parquet").unlink()
+    rest = run("REST", embedding, ic.ColumnFilterStage({"punsafe": (0, None)})).catalog.compute()
+    assert list(rest.status) == ["ok"] * 5 + ["column"] * 5
+    for wrong, message in (
+        (ic.ColumnFilterStage({"punsave": (0, 1)}), "needs the column 'punsave', which no stage before it gives"),
+        (ic.ColumnFilterStage({"url": (0, 1)}), "the column 'url' does not hold numbers, but string"),
+        (SemanticDedupStage(keep_by=["url"]), "keep_by: the column 'url' does not hold numbers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run("WRONG", embedding, wrong)
+    for ranges in ({"x": 3}, {"x": (2, 1)}, {"": (0, 1)}, [("x", 1)]):
+        with pytest.raises(ConfigError, match="ranges"):
+            ic.ColumnFilterStage(ranges)
+
+
+def test_a_command_keeps_ranges_of_columns(img2dataset: Path, tmp_path: Path) -> None:
+    model = ["--encoder", "tiny-image", "--no-dedup", "--workers", "1", "--quiet"]
+    out, anew = tmp_path / "OUT", tmp_path / "ANEW"
+    done = CliRunner().invoke(app, ["curate", str(img2dataset), "-o", str(out), *model, "--where", "punsafe=:0.5"])
+    assert done.exit_code == 0, done.output
+    assert pd.read_parquet(out / "catalog").status.value_counts().to_dict() == {"column": 6, "ok": 4}
+    done = CliRunner().invoke(app, ["refilter", str(out), "-o", str(anew), "--where", "punsafe=1:", "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    assert pd.read_parquet(anew / "catalog").status.value_counts().to_dict() == {"column": 6, "ok": 4}
 
 
 def test_sidecars_on_frames(img2dataset: Path) -> None:

@@ -3,6 +3,7 @@
 from imgcurate.stages.aesthetic import ImageAestheticFilterStage, score_aesthetic
 from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, Worker
 from imgcurate.stages.caption import ImageCaptionFilterStage, score_captions
+from imgcurate.stages.columns import ColumnFilterStage
 from imgcurate.stages.deduplication import SemanticDedupStage, semantic_dedup
 from imgcurate.stages.embedding import ImageEmbeddingStage, embed
 from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage, exact_dedup, perceptual_dedup
@@ -13,6 +14,7 @@ from imgcurate.stages.writer import ImageWriterStage, write_webdataset
 from imgcurate.stages.zero_shot import ImageZeroShotFilterStage, score_zero_shot
 
 __all__ = [
+    "ColumnFilterStage",
     "DatasetStage",
     "ExactDedupStage",
     "FilePartitioningStage",

@@ -20,7 +20,7 @@ from imgcurate.lazy import torch
 from imgcurate.stages.base import IMAGE, ProcessingStage, Rule
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.reading import ImageReaderStage
-from imgcurate.stages.scoring import Range, check_pair
+from imgcurate.stages.scoring import Range, check_pair, rules_of
 
 __all__ = ["ImageQualityFilterStage", "score_quality"]
 
@@ -133,12 +133,7 @@ class ImageQualityFilterStage(ProcessingStage):
     @property
     def rules(self) -> tuple[Rule, ...]:  # type: ignore[override]
         """A rule for each bound."""
-        return tuple(
-            Rule(column, op, float(bound), schema.STATUS_QUALITY)
-            for column, bounds in self.ranges.items()
-            for op, bound in zip((">=", "<="), bounds, strict=True)
-            if bound is not None
-        )
+        return rules_of(self.ranges, schema.STATUS_QUALITY)
 
     def process(self, batch: ImageBatch) -> ImageBatch:
         """Measure the images of a batch; what the decoder told is in its rows already."""

@@ -13,6 +13,7 @@ from imgcurate.errors import ConfigError, nearest
 from imgcurate.stages.aesthetic import ImageAestheticFilterStage
 from imgcurate.stages.base import Rule, Stage, stage_config
 from imgcurate.stages.caption import ImageCaptionFilterStage
+from imgcurate.stages.columns import ColumnFilterStage
 from imgcurate.stages.deduplication import SemanticDedupStage
 from imgcurate.stages.embedding import ImageEmbeddingStage
 from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage
@@ -35,6 +36,7 @@ STAGES: Final[Mapping[str, type[Stage]]] = {
         ImageNSFWFilterStage,
         ImageCaptionFilterStage,
         ImageZeroShotFilterStage,
+        ColumnFilterStage,
         ExactDedupStage,
         PerceptualDedupStage,
         SemanticDedupStage,

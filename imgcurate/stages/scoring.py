@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError, EncoderMismatchError
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.weights import absolute_path
+from imgcurate.stages.base import Rule
 
-__all__ = ["Range", "absolute_weights", "check_pair", "check_same_model", "check_threshold", "encoders_of"]
+__all__ = ["Range", "absolute_weights", "check_pair", "check_same_model", "check_threshold", "encoders_of", "rules_of"]
 
 Range = Sequence[float | None]
 """The least and the largest value of a column that are kept; None is open."""
@@ -40,6 +41,16 @@ def check_pair(column: str, bounds: Any) -> None:
         raise ConfigError(f"ranges: {expected} of finite numbers, not {bounds!r}")
     if len(given) == 2 and given[0] > given[1]:
         raise ConfigError(f"ranges: {column} has min={given[0]} > max={given[1]}, which would keep nothing")
+
+
+def rules_of(ranges: Mapping[str, Range], status: str) -> tuple[Rule, ...]:
+    """Return a rule for each bound of the ranges of some columns."""
+    return tuple(
+        Rule(column, op, float(bound), status)
+        for column, bounds in ranges.items()
+        for op, bound in zip((">=", "<="), bounds, strict=True)
+        if bound is not None
+    )
 
 
 def encoders_of(batch: ImageBatch) -> list[str]:

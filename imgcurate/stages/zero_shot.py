@@ -20,7 +20,7 @@ from imgcurate.models.texts import check_knows_text, prompt_embeddings
 from imgcurate.models.weights import absolute_path
 from imgcurate.stages.base import ProcessingStage, Rule, Worker
 from imgcurate.stages.executor import apply_stages
-from imgcurate.stages.scoring import Range, absolute_weights, check_pair, check_same_model, encoders_of
+from imgcurate.stages.scoring import Range, absolute_weights, check_pair, check_same_model, encoders_of, rules_of
 
 __all__ = ["ImageZeroShotFilterStage", "score_zero_shot"]
 
@@ -100,12 +100,8 @@ class ImageZeroShotFilterStage(ProcessingStage):
     @property
     def rules(self) -> tuple[Rule, ...]:  # type: ignore[override]
         """A rule for each bound."""
-        return tuple(
-            Rule(schema.zero_shot_column(label), op, float(bound), schema.STATUS_ZERO_SHOT)
-            for label, bounds in self.ranges.items()
-            for op, bound in zip((">=", "<="), bounds, strict=True)
-            if bound is not None
-        )
+        ranges = {schema.zero_shot_column(label): bounds for label, bounds in self.ranges.items()}
+        return rules_of(ranges, schema.STATUS_ZERO_SHOT)
 
     def check(self, encoder: str | None) -> None:
         """Refuse embeddings of another model."""
