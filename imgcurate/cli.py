@@ -246,7 +246,8 @@ def curate(
     texts = list(text_column or [])
     if captions:
         stages.append(ImageCaptionFilterStage(**captions, **model, model_inference_batch_size=batch_size))
-        texts += {stages[-1].text_column} - set(texts)
+        # Other columns are those of sidecars, or of members that --text-column names.
+        texts += ({stages[-1].text_column} & {"txt", "json"}) - set(texts)
     if prompts := zero_shot_options(zero_shot or [], zero_shot_range or []):
         stages.append(ImageZeroShotFilterStage(**{"labels": {}, **prompts, **model}))
     if where:

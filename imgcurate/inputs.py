@@ -29,7 +29,7 @@ from imgcurate.folders import file_url, list_folder, quoted, stem
 from imgcurate.patterns import expand_urls
 from imgcurate.samples import split_key
 from imgcurate.shards import Shard
-from imgcurate.sidecars import NO_SIDECARS, Sidecars
+from imgcurate.sidecars import FOLDER_TABLES, NO_SIDECARS, Sidecars
 from imgcurate.storage import (
     StorageOptions,
     file_size,
@@ -117,7 +117,7 @@ def describe_shards(
 
     def describe(shard: Shard) -> dict[str, Any]:
         described = _describe(shard, storage_options)
-        if sidecars.columns and not shard.files:
+        if sidecars.columns and (shard.tables or not shard.files):
             described["sidecar"] = sidecars.state(shard, storage_options)
         return described
 
@@ -224,12 +224,14 @@ def _look_into(folder: str, storage_options: StorageOptions | None) -> tuple[lis
 
 
 def _shards_of_files(folder: str, listing: dict[str, int]) -> Iterable[Shard]:
-    names = sorted(listing, key=lambda n: (stem(n), n))
+    tables = sorted(n for n in listing if n.rpartition("/")[2].lower() in FOLDER_TABLES)
+    names = sorted(listing.keys() - set(tables), key=lambda n: (stem(n), n))
     samples = [list(group) for _, group in itertools.groupby(names, key=stem)]
     for first in range(0, len(samples), _SAMPLES_PER_SHARD):
         files = tuple(itertools.chain.from_iterable(samples[first : first + _SAMPLES_PER_SHARD]))
         sizes = tuple(listing[f] for f in files)
-        yield Shard(folder, files, () if is_local(folder) else sizes)
+        beside = tuple(t for t in tables if any(f.startswith(t[: t.rfind("/") + 1]) for f in files))
+        yield Shard(folder, files, () if is_local(folder) else sizes, tables=beside)
 
 
 def _has_images(url: str, storage_options: StorageOptions | None) -> bool:

@@ -59,12 +59,15 @@ class Shard:
         Bytes of the files; empty for a local folder.
     state : str
         What :func:`imgcurate.inputs.state_of` said of it when the run began; "" where nobody looked.
+    tables : tuple of str
+        Names of the tables in the folder that may tell of its files; see :mod:`imgcurate.sidecars`.
     """
 
     url: str
     files: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
     state: str = ""
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

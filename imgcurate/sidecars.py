@@ -1,4 +1,8 @@
-"""Parquet files beside tars, as img2dataset writes them: ``00000.tar`` and ``00000.parquet``, joined by key.
+"""Tables beside images, joined by what they call them.
+
+- ``00000.parquet`` beside ``00000.tar``, as img2dataset writes it: by the column ``key``.
+- In a folder of images ``metadata.jsonl``, ``.csv`` or ``.parquet``, as Hugging Face's *imagefolder* has it: by
+  ``file_name``, a path below the folder of the table, which tells of the files there and below.
 
 A column comes under its own name; if imgcurate or a stage has a column of that name, as ``source_<name>``.
 Columns of lists, structs and the like come as JSON text. Samples of which the sidecar tells nothing have
@@ -9,29 +13,39 @@ from __future__ import annotations
 
 import json
 import logging
+import posixpath
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from imgcurate import schema
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.extensions import TAR_ENDINGS
+from imgcurate.folders import file_name, file_url
 from imgcurate.shards import Shard
-from imgcurate.storage import StorageError, StorageOptions, exists, modified, open_source
+from imgcurate.storage import StorageError, StorageOptions, exists, modified, open_source, read_bytes
 from imgcurate.streams import SourceFile, read_table
 
-__all__ = ["NO_SIDECARS", "SidecarColumns", "Sidecars", "find_sidecars"]
+__all__ = ["FOLDER_TABLES", "NO_SIDECARS", "SidecarColumns", "Sidecars", "find_sidecars"]
 
 SidecarColumns = Literal["auto"] | Sequence[str]
 """``"auto"``, or names of columns; an empty sequence joins nothing."""
 
+FOLDER_TABLES: Final = frozenset({"metadata.jsonl", "metadata.csv", "metadata.parquet"})
+"""Names of files in a folder of images that are no samples, but tell of samples."""
+
 _KEY: Final = "key"
+_FILE_NAME: Final = "file_name"
 _OURS: Final = frozenset({schema.UID, "source_key"})
 _LOOKED_AT: Final = 16
+_MOST_KEPT: Final = 4
 logger = logging.getLogger(__name__)
 
 
@@ -57,8 +71,8 @@ class Sidecars:
 
     def state(self, shard: Shard, storage_options: StorageOptions | None = None) -> str:
         """Return what tells one state of a shard's sidecar from another; '' if it has none."""
-        url = _sidecar_url(shard)
-        return modified(url, storage_options) if url is not None and exists(url, storage_options) else ""
+        there = [t.url for t in _tables_of(shard) if exists(t.url, storage_options)]
+        return " ".join(modified(url, storage_options) for url in there)
 
     def join(self, table: pa.Table, shard: Shard, storage_options: StorageOptions | None = None) -> pa.Table:
         """Return the index of a shard with the columns of its sidecar.
@@ -71,23 +85,25 @@ class Sidecars:
         if not self.columns:
             return table
         columns = {name: pa.nulls(len(table), type_) for _, name, type_ in self.columns}
-        try:
-            url = _sidecar_url(shard)
-            if url is not None and exists(url, storage_options):
-                found = _read(url, storage_options)
-                if _KEY in found.column_names:
-                    columns |= self._joined(table, found, url)
-        except InputError as exc:
-            if self.strict:
-                raise
-            logger.warning("%s: its columns are null", exc)
+        for beside in _tables_of(shard):
+            try:
+                if exists(beside.url, storage_options):
+                    found = beside.read(storage_options)
+                    if beside.key in found.column_names:
+                        for name, column in self._joined(table, found, beside).items():
+                            columns[name] = pc.coalesce(columns[name], column)
+            except InputError as exc:
+                if self.strict:
+                    raise
+                logger.warning("%s: its columns are null", exc)
         for name, column in columns.items():
             table = table.append_column(name, column)
         return table
 
-    def _joined(self, table: pa.Table, found: pa.Table, url: str) -> dict[str, Any]:
-        keys = _cast(found[_KEY], pa.string(), f"{url}: column {_KEY!r}").combine_chunks()
-        rows = pc.index_in(table[schema.KEY], keys)
+    def _joined(self, table: pa.Table, found: pa.Table, beside: _Table) -> dict[str, Any]:
+        url = beside.url
+        keys = _cast(found[beside.key], pa.string(), f"{url}: column {beside.key!r}").combine_chunks()
+        rows = pc.index_in(beside.names_of(table), beside.names_in(keys))
         there = [c for c in self.columns if c[0] in found.column_names]
         return {name: _cast(found[c], type_, f"{url}: column {c!r}").take(rows) for c, name, type_ in there}
 
@@ -125,7 +141,7 @@ def find_sidecars(
     if columns != "auto" and not columns:
         return NO_SIDECARS
     merged = _merged(_schemas(shards, storage_options, columns == "auto"), columns == "auto")
-    names = [n for n in merged.names if n != _KEY] if columns == "auto" else list(columns)
+    names = [n for n in merged.names if n not in (_KEY, _FILE_NAME)] if columns == "auto" else list(columns)
     missing = [n for n in names if n not in merged.names]
     if missing:
         there = ", ".join(merged.names) or "no sidecar was found"
@@ -165,29 +181,91 @@ def _schemas(
     shards: Sequence[Shard], storage_options: StorageOptions | None, auto: bool
 ) -> Iterable[tuple[str, pa.Schema]]:
     step = max(1, len(shards) // _LOOKED_AT)
-    for shard in shards[::step][:_LOOKED_AT]:
-        url = _sidecar_url(shard)
-        if url is None or not exists(url, storage_options):
+    seen: set[str] = set()
+    for beside in (each for shard in shards[::step][:_LOOKED_AT] for each in _tables_of(shard)):
+        if beside.url in seen or not exists(beside.url, storage_options):
             continue
+        seen.add(beside.url)
         try:
-            found = _read(url, storage_options, schema_only=True)
+            found = beside.read_schema(storage_options)
         except InputError as exc:
             if not auto:
                 raise
             # Also a server that answers whatever name it is asked for.
             logger.warning("%s: its columns are not joined", exc)
             continue
-        if _KEY in found.names and not (auto and set(found.names) >= _OURS):
-            yield url, found.remove_metadata()
+        if beside.key in found.names and not (auto and set(found.names) >= _OURS):
+            yield beside.url, found.remove_metadata()
 
 
-def _sidecar_url(shard: Shard) -> str | None:
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table that tells of samples.
+
+    Attributes
+    ----------
+    url : str
+        Where it is.
+    key : str
+        The column that names the samples.
+    folder : str or None
+        The folder that these names are below, relative to that of the shard; None if they are keys.
+    """
+
+    url: str
+    key: str
+    folder: str | None = None
+
+    def read(self, storage_options: StorageOptions | None) -> pa.Table:
+        """Read it; one that tells of a folder is kept, since many shards ask for it."""
+        if self.folder is None:
+            return _read(self.url, storage_options)
+        state = modified(self.url, storage_options)
+        with _lock:
+            if (self.url, state) not in _kept:
+                while len(_kept) >= _MOST_KEPT:
+                    del _kept[next(iter(_kept))]
+                _kept[self.url, state] = _read(self.url, storage_options)
+            return _kept[self.url, state]
+
+    def read_schema(self, storage_options: StorageOptions | None) -> pa.Schema:
+        """Read the names and types of its columns."""
+        if self.folder is None:
+            return _read(self.url, storage_options, schema_only=True)
+        return self.read(storage_options).schema
+
+    def names_of(self, index: pa.Table) -> Any:
+        """Return what the samples of an index are called in it."""
+        if self.folder is None:
+            return index[schema.KEY]
+        first = (files[0].as_py() if files.is_valid and len(files) else "" for files in index[schema.FILES])
+        return pa.array([file_name(name).encode("utf-8", "surrogateescape") for name in first], pa.binary())
+
+    def names_in(self, keys: pa.Array) -> pa.Array:
+        """Return the names in it as :meth:`names_of` has them."""
+        if self.folder is None:
+            return keys
+        paths = (None if name is None else posixpath.normpath(f"{self.folder}{name}") for name in keys.to_pylist())
+        return pa.array([None if path is None else path.encode() for path in paths], pa.binary())
+
+
+_lock = threading.Lock()
+_kept: dict[tuple[str, str], pa.Table] = {}
+
+
+def _tables_of(shard: Shard) -> list[_Table]:
+    """Return the tables that may tell of the samples of a shard, whether they are there or not."""
+    if shard.files:
+        names = [(file_url(shard.url, t), file_name(t)) for t in shard.tables]
+        return [_Table(url, _FILE_NAME, name[: name.rfind("/") + 1]) for url, name in names]
     ending = next((e for e in TAR_ENDINGS if shard.url.lower().endswith(e)), None)
-    return None if shard.files or ending is None else shard.url[: -len(ending)] + ".parquet"
+    return [] if ending is None else [_Table(shard.url[: -len(ending)] + ".parquet", _KEY)]
 
 
 def _read(url: str, storage_options: StorageOptions | None, *, schema_only: bool = False) -> Any:
     try:
+        if url.lower().endswith((".jsonl", ".csv")):
+            return _read_text(read_bytes(url, storage_options), is_json=url.lower().endswith(".jsonl"))
         source = open_source(url, storage_options)
         try:
             return pq.read_schema(SourceFile(source)) if schema_only else read_table(source)
@@ -195,6 +273,16 @@ def _read(url: str, storage_options: StorageOptions | None, *, schema_only: bool
             source.close()
     except (pa.ArrowException, OSError, StorageError) as exc:
         raise InputError(f"cannot read {url}, the sidecar of a shard (sidecar_columns=() joins none): {exc}") from exc
+
+
+def _read_text(data: bytes, *, is_json: bool) -> pa.Table:
+    """Read lines of JSON objects, or of comma-separated values with a header; all rows decide the types."""
+    if not data.strip():
+        return pa.table({})
+    whole = max(len(data) + 1, 1 << 20)
+    if is_json:
+        return pajson.read_json(pa.BufferReader(data), pajson.ReadOptions(use_threads=False, block_size=whole))
+    return pacsv.read_csv(pa.BufferReader(data), pacsv.ReadOptions(use_threads=False, block_size=whole))
 
 
 def _frame_type(type_: pa.DataType) -> pa.DataType:

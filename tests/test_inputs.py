@@ -475,6 +475,72 @@ def test_a_command_keeps_ranges_of_columns(img2dataset: Path, tmp_path: Path) ->
     assert pd.read_parquet(anew / "catalog").status.value_counts().to_dict() == {"column": 6, "ok": 4}
 
 
+@pytest.fixture(params=["jsonl", "csv", "parquet"])
+def imagefolder(request: pytest.FixtureRequest, tmp_path: Path, photos: list[Image.Image], encode) -> Path:
+    """Return a folder as Hugging Face's imagefolder has it: two splits with a table each, one image in no table."""
+    top = tmp_path / "imagefolder"
+    for split, first in (("train", 0), ("test", 6)):
+        rows = []
+        for i in range(first, first + 6):
+            path = top / split / ("cats" if i % 2 else "dogs") / f"a {i}%.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(photos[i]))
+            # Of the last of each split nothing is told.
+            if i % 6 != 5:
+                name = f"{path.parent.name}/{path.name}"
+                rows.append({"file_name": name, "text": f"caption {i}", "label": i, "good": i / 10})
+        frame = pd.DataFrame(rows)
+        if request.param == "jsonl":
+            frame.to_json(top / split / "metadata.jsonl", orient="records", lines=True)
+        else:
+            getattr(frame, f"to_{request.param}")(top / split / f"metadata.{request.param}", index=False)
+    return top
+
+
+def test_tables_of_a_folder_of_images_join(imagefolder: Path, client: Client, tmp_path: Path) -> None:
+    result = tiny_pipeline(str(imagefolder)).run(str(tmp_path / "OUT"), client=client)
+    rows = result.catalog.compute()
+    assert result.counts == {"ok": 12}
+    told = {f"a {i}%": (f"caption {i}", i, i / 10) for i in range(12) if i % 6 != 5}
+    for row in rows.itertuples():
+        name = row.key.rpartition("/")[2]
+        if name in told:
+            assert (row.text, row.label, row.good) == told[name]
+        else:
+            assert pd.isna(row.text)
+            assert pd.isna(row.label)
+    sidecar = pq.read_table(result.shards[0].replace(".tar", ".parquet"))
+    assert sorted(filter(None, column(sidecar, "text"))) == sorted(text for text, _, _ in told.values())
+    assert ic.verify_run(result.output_dir).ok
+    # A table that changed makes it another run.
+    table = next((imagefolder / "train").glob("metadata.*"))
+    os.utime(table, (0, 0))
+    with pytest.raises(ConfigError, match="has changed"):
+        tiny_pipeline(str(imagefolder)).run(str(tmp_path / "OUT"), client=client)
+
+
+def test_tables_of_a_folder_decide_and_may_be_damaged(imagefolder: Path, client: Client, tmp_path: Path) -> None:
+    stages = [
+        ic.FilePartitioningStage(str(imagefolder)),
+        ic.ImageReaderStage(),
+        ImageEmbeddingStage(model="tiny-image"),
+    ]
+    where = ic.ColumnFilterStage({"label": (None, 2)})
+    result = ic.Pipeline([*stages, where, ic.ImageWriterStage()]).run(str(tmp_path / "OUT"), client=client)
+    assert result.counts == {"ok": 3, "column": 9}
+    anew = ic.refilter(result.output_dir, str(tmp_path / "ANEW"), {"ColumnFilterStage": None}, client=client)
+    assert anew.counts == {"ok": 12}
+    frame = ic.read_webdataset(str(imagefolder), sidecar_columns=("text",)).compute(scheduler="sync")
+    assert frame.text.notna().sum() == 10
+    assert "text" not in ic.read_webdataset(str(imagefolder), sidecar_columns=()).columns
+    next((imagefolder / "test").glob("metadata.*")).write_bytes(b"file_name,text\nx\n")
+    frame = ic.read_webdataset(str(imagefolder)).compute(scheduler="sync")
+    assert len(frame) == 12
+    assert frame.text.notna().sum() == 5
+    with pytest.raises(InputError, match=r"cannot read .*metadata\."):
+        ic.read_webdataset(str(imagefolder), sidecar_columns=("text",)).compute(scheduler="sync")
+
+
 def test_sidecars_on_frames(img2dataset: Path) -> None:
     ddf = ic.read_webdataset(str(img2dataset), sidecar_columns=("punsafe", "caption"))
     frame = ddf.compute(scheduler="sync")
