@@ -103,6 +103,7 @@ def _call(
     number: int, item: Any, function: Callable[..., dict[str, Any]], kwargs: dict[str, Any], once: str
 ) -> pd.DataFrame:
     del once
+    keep_freed_memory()
     return result_frame(number, function(item, **kwargs))
 
 

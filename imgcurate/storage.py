@@ -113,6 +113,16 @@ class LocalSource:
             raise StorageError(f"cannot read {self.url} at byte {offset}: {exc.strerror}") from exc
         return data
 
+    def pread_into(self, offset: int, buffer: memoryview) -> int:
+        """Read from `offset` into a buffer and return the number of bytes, fewer only where the file ends."""
+        done = 0
+        try:
+            while done < len(buffer) and (n := os.preadv(self._fd, [buffer[done:]], offset + done)):
+                done += n
+        except OSError as exc:
+            raise StorageError(f"cannot read {self.url} at byte {offset}: {exc.strerror}") from exc
+        return done
+
     def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:

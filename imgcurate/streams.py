@@ -15,10 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcurate.storage import Source
+from imgcurate.storage import LocalSource, Source
 
 __all__ = [
     "UNKNOWN_SIZE",
@@ -148,6 +149,19 @@ class SourceFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def read_buffer(self, nbytes: int) -> pa.Buffer:
+        """Read as Arrow asks for it, without a copy.
+
+        NumPy asks the system for large pages where it allocates much, which come many times as fast as others.
+        """
+        if isinstance(self._source, LocalSource):
+            array = np.empty(max(0, min(nbytes, self._source.size - self._position)), np.uint8)
+            data: Any = array[: self._source.pread_into(self._position, array.data)]
+        else:
+            data = self._source.pread(self._position, nbytes)
+        self._position += len(data)
+        return pa.py_buffer(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Set the position and return it."""
