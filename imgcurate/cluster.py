@@ -362,6 +362,16 @@ def _why_not(exc: BaseException, address: str) -> str:
     return next((text for text in reversed(told) if text), type(exc).__name__)
 
 
+def dask_setup(worker: object) -> None:
+    """Let what a local worker prints come to standard error: Dask calls it as a worker starts.
+
+    Standard output is the command's, which may promise JSON; stages of one's own, and libraries, print as they like.
+    """
+    del worker
+    sys.stdout.flush()
+    os.dup2(2, 1)
+
+
 def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalCluster:
     cores = cpu_count()
     memory = psutil.virtual_memory().total
@@ -380,6 +390,7 @@ def _cpu_cluster(n_workers: int | None, dashboard_address: str | None) -> LocalC
         memory_limit=int(0.9 * memory / n_workers),
         host=_LOOPBACK,
         dashboard_address=dashboard_address,
+        preload=[__name__],
         # torch, DALI and BLAS read these when the worker starts.
         env={f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")},
     )

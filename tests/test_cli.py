@@ -269,3 +269,27 @@ def test_curate_says_what_is_wrong_with_a_range(tmp_path: Path, run, given: str,
     code, _, err = run("curate", "x.tar", "-o", tmp_path, "--encoder", "tiny-image", "--quality", given)
     assert code == 2
     assert re.search(message, err)
+
+
+PRINTS = """
+import imgcurate as ic
+
+
+class Talks(ic.ProcessingStage):
+    needs = ("image",)
+    views = (ic.PixelView(8, 8),)
+
+    def process(self, batch):
+        print("HELLO")
+        return batch
+"""
+
+
+def test_what_stages_print_does_not_come_between_the_json(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "talking.py").write_text(PRINTS)
+    (tmp_path / "p.yaml").write_text(f"inputs: {shards}\nstages: [talking.Talks]\n")
+    command = [sys.executable, "-m", "imgcurate", "run", "p.yaml", "-o", "OUT", "--json", "--workers", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 72
+    assert "HELLO" in done.stderr

@@ -323,6 +323,16 @@ def test_a_stopped_run_goes_on(tmp_path: Path, client: Client) -> None:
     check(x, *outcome(tmp_path / "out"))
 
 
+def test_a_file_of_pandas_without_rows_has_none(tmp_path: Path, client: Client) -> None:
+    frame = pd.DataFrame({"id": range(3), "embedding": list(planted(3, 0))})
+    frame.head(0).to_parquet(tmp_path / "none.parquet")
+    result = dedup_embeddings(str(tmp_path / "none.parquet"), str(tmp_path / "out"), client=client)
+    assert (result.rows, result.kept, result.removed) == (0, 0, 0)
+    frame.to_parquet(tmp_path / "some.parquet")
+    both = dedup_embeddings(str(tmp_path / "*.parquet"), str(tmp_path / "both"), client=client)
+    assert both.kept == 3
+
+
 @pytest.mark.parametrize("kind", ["parquet", "npy"])
 def test_a_file_that_is_another_when_it_is_read_is_refused(tmp_path: Path, client: Client, kind: str) -> None:
     x, source = planted(300, 100), tmp_path / f"a.{kind}"

@@ -380,7 +380,9 @@ def _plan_file(
                     )
                 row_bytes = npy.row_bytes
         else:
-            list_lengths(pa.array([], fields[columns[1]]), f"{table}: {columns[1]}")
+            # Of a file without rows pandas does not know what they would hold.
+            if meta.num_rows or not pa.types.is_null(fields[columns[1]]):
+                list_lengths(pa.array([], fields[columns[1]]), f"{table}: {columns[1]}")
             row_bytes = _row_bytes(meta, columns[1])
     return _ranges(table, vectors, uid, groups, row_bytes), fields[columns[0]]
 
