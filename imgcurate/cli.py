@@ -244,11 +244,14 @@ def curate(
     captions = caption_options(min_caption_similarity, caption)
     model: dict[str, Any] = {"model": encoder, "pretrained": pretrained, "model_dir": model_dir}
     texts = list(text_column or [])
+    prompts = zero_shot_options(zero_shot or [], zero_shot_range or [])
+    if not embeds and (captions or prompts):
+        raise ConfigError("captions and prompts are compared with embeddings: these options need an --encoder")
     if captions:
         stages.append(ImageCaptionFilterStage(**captions, **model, model_inference_batch_size=batch_size))
         # Other columns are those of sidecars, or of members that --text-column names.
         texts += ({stages[-1].text_column} & {"txt", "json"}) - set(texts)
-    if prompts := zero_shot_options(zero_shot or [], zero_shot_range or []):
+    if prompts:
         stages.append(ImageZeroShotFilterStage(**{"labels": {}, **prompts, **model}))
     if where:
         stages.append(ColumnFilterStage(column_ranges(where)))

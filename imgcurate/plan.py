@@ -157,6 +157,7 @@ def _check_columns(
 ) -> dict[str, pa.DataType]:
     types = columns_added(reader)
     beside = _Beside(source, {column for stage in (reader, *stages) for column in columns_added(stage)})
+    decodes = any(IMAGE in stage.needs for stage in stages)
     removed: dict[str, str] = {}
     encoder: str | None = None
     for stage in stages:
@@ -164,6 +165,11 @@ def _check_columns(
             if column not in types and column not in beside:
                 raise ConfigError(_missing(stage, column, types, removed))
         check_numbers(stage, {**beside.known, **types})
+        if not decodes and (size := _sizes_in(stage)):
+            raise ConfigError(
+                f"stage {stage.name} has a rule on {size!r}, which nobody knows, for no stage looks at the images: put "
+                "ImageQualityFilterStage in its place, or before it"
+            )
         stage.check(encoder)
         _check_statuses(stage)
         added = columns_added(stage)
@@ -195,6 +201,12 @@ def _check_columns(
     return types
 
 
+def _sizes_in(stage: Stage) -> str | None:
+    """Return which of the sizes that decoding tells a stage has a rule on."""
+    rules = stage.rules if isinstance(stage, ProcessingStage) else ()
+    return next((rule.column for rule in rules if rule.column in (schema.WIDTH, schema.HEIGHT)), None)
+
+
 def _without_column(stage: Stage, column: str, types: dict[str, pa.DataType], removed: dict[str, str]) -> str:
     """Say that a stage has a rule on a column that is not there."""
     if column in _MAKERS or column in removed:
@@ -221,7 +233,7 @@ class _Beside:
 
 
 def check_numbers(stage: Stage, types: Mapping[str, pa.DataType]) -> None:
-    """Check that columns hold numbers of which a stage computes an order.
+    """Check that columns hold numbers of which a stage computes an order, and text where it reads that.
 
     Raises
     ------
@@ -232,6 +244,10 @@ def check_numbers(stage: Stage, types: Mapping[str, pa.DataType]) -> None:
         type_ = types[column]
         if not any(is_(type_) for is_ in _NUMBERS):
             raise ConfigError(f"{stage.name}: keep_by: the column {column!r} does not hold numbers, but {type_}")
+    for column in stage.texts if isinstance(stage, ProcessingStage) else ():
+        type_ = types[column]
+        if not (pa.types.is_string(type_) or pa.types.is_large_string(type_)):
+            raise ConfigError(f"stage {stage.name}: the column {column!r} does not hold text, but {type_}")
 
 
 def _check_statuses(stage: Stage) -> None:
@@ -255,4 +271,4 @@ def _missing(stage: Stage, column: str, types: dict[str, pa.DataType], removed: 
     words = f"stage {stage.name} needs the column {column!r}, which no stage before it gives{nearest(column, types)}"
     if column in schema.COLUMNS or not isinstance(stage, ProcessingStage):
         return words
-    return f"{words} (if it is a kind of member, as txt: name it in text_columns of ImageReaderStage, or --text-column)"
+    return f"{words} (a kind of member, as txt, is one by text_columns of ImageReaderStage, or --text-column)"

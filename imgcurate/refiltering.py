@@ -26,7 +26,7 @@ from imgcurate import schema
 from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.batches import ImageBatch
 from imgcurate.catalog import Catalog, Manifest, undecided
-from imgcurate.errors import ConfigError, InputError
+from imgcurate.errors import ConfigError, InputError, nearest
 from imgcurate.execution import Progress
 from imgcurate.inputs import describe_shards, find_shards
 from imgcurate.origins import Origin
@@ -205,6 +205,8 @@ class _Recorded:
 def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[_Recorded]:
     """Return the stages of a run as they are asked for now."""
     names = [r.name for r in recorded]
+    if twice := next((name for name in changes if names.count(name) > 1), None):
+        raise ConfigError(f"{run} has {names.count(twice)} stages {twice}: which of them should change cannot be said")
     encoder = next((r.config["encoder"] for r in recorded if isinstance(r.config.get("encoder"), str)), None)
     out = []
     for stage in recorded:
@@ -230,7 +232,19 @@ def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[
         added.check(encoder)
         config = {**stage_config(added), **added.fingerprint()}
         out.insert(_place(out, added), _Recorded(name, config, added, computes))
+    _check_own(recorded, out)
     return out
+
+
+def _check_own(recorded: Sequence[_Recorded], decided: Sequence[_Recorded]) -> None:
+    """Refuse to change columns that the code of a stage of one's own has looked at."""
+    there = {r.name for r in decided if not r.computes}
+    changed = {c for r in recorded if r.stage is not None and r.name not in there for c in columns_added(r.stage)}
+    for own in (r for r in decided if isinstance(r.stage, _Rules)):
+        if used := sorted(changed & set(own.config.get("needs", ()))):
+            raise ConfigError(
+                f"{own.name} was made of the column {used[0]!r}, which would be another: that takes a run that decodes"
+            )
 
 
 def _model_of(recorded: Sequence[_Recorded]) -> dict[str, Any]:
@@ -279,7 +293,8 @@ def _plan(decided: Sequence[_Recorded], origin: _CatalogOrigin, run: str) -> Pla
             needs = list(stage.needs)
         if missing := [c for c in needs if c not in types]:
             raise ConfigError(
-                f"{stage.name} needs the column {missing[0]!r}, which {run} does not have: it takes a run that decodes"
+                f"{stage.name} needs the column {missing[0]!r}, which {run} does not have before it"
+                f"{nearest(missing[0], types)}: it takes a run that decodes"
             )
         check_numbers(stage, types)
         types |= columns_added(stage) if computes or isinstance(stage, DatasetStage) else {}
@@ -304,9 +319,9 @@ class _CatalogOrigin(Origin):
         self.types = {f.name: f.type for f in self.catalog.schema if f.name not in later | {schema.PHASE}}
         stages = [r.stage for r in recorded if r.stage is not None and not isinstance(r.stage, ImageWriterStage)]
         batches = [i for i, phase in enumerate(make_phases(stages)) if not phase.is_dataset]
-        self._undo = _Undo(
-            tuple(_rules_of(recorded)), frozenset(batches), keeps=_rules_of(decided) == _rules_of(recorded)
-        )
+        rules, own = _rules_of(recorded), [r.name for r in recorded if isinstance(r.stage, _Rules)]
+        all_there = own == [r.name for r in decided if isinstance(r.stage, _Rules)]
+        self._undo = _Undo(tuple(rules), frozenset(batches), keeps=all_there and _rules_of(decided) == rules)
         known = {rule.status for rule in self._undo.rules} | {s.name for s in stages if isinstance(s, DatasetStage)}
         unknown = sorted(set(manifest.counts) - known - _NOT_DECIDED)
         if unknown and not self._undo.keeps:

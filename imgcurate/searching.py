@@ -86,7 +86,11 @@ def search(
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ConfigError(f"n={n!r} should be a whole number >= 1")
-    if image is None and (text is None or not text.strip()):
+    for name, value in (("text", text), ("image", image), ("page", page)):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{name}={value!r} should be a string")
+    text = text if text is not None and text.strip() else None
+    if image is None and text is None:
         raise ConfigError("give a text that samples should show, or an image that they should be like")
     manifest = Manifest.of_finished(run)
     catalog = Catalog(run, manifest.n_parts)

@@ -194,6 +194,8 @@ def _schemas(
             # Also a server that answers whatever name it is asked for.
             logger.warning("%s: its columns are not joined", exc)
             continue
+        if beside.folder is not None and beside.key not in found.names:
+            logger.warning("%s has no column %r, so it tells of no image", beside.url, beside.key)
         if beside.key in found.names and not (auto and set(found.names) >= _OURS):
             yield beside.url, found.remove_metadata()
 
@@ -245,8 +247,10 @@ class _Table:
         """Return the names in it as :meth:`names_of` has them."""
         if self.folder is None:
             return keys
-        paths = (None if name is None else posixpath.normpath(f"{self.folder}{name}") for name in keys.to_pylist())
-        return pa.array([None if path is None else path.encode() for path in paths], pa.binary())
+        folder = self.folder
+        paths = [None if name is None else posixpath.normpath(f"{folder}{name}") for name in keys.to_pylist()]
+        # It tells of its own folder: of nothing that '..' leads to.
+        return pa.array([p.encode() if p is not None and p.startswith(folder) else None for p in paths], pa.binary())
 
 
 _lock = threading.Lock()
@@ -256,7 +260,9 @@ _kept: dict[tuple[str, str], pa.Table] = {}
 def _tables_of(shard: Shard) -> list[_Table]:
     """Return the tables that may tell of the samples of a shard, whether they are there or not."""
     if shard.files:
-        names = [(file_url(shard.url, t), file_name(t)) for t in shard.tables]
+        # Of two that tell of the same file the nearer one counts.
+        nearest_first = sorted(shard.tables, key=lambda name: -name.count("/"))
+        names = [(file_url(shard.url, t), file_name(t)) for t in nearest_first]
         return [_Table(url, _FILE_NAME, name[: name.rfind("/") + 1]) for url, name in names]
     ending = next((e for e in TAR_ENDINGS if shard.url.lower().endswith(e)), None)
     return [] if ending is None else [_Table(shard.url[: -len(ending)] + ".parquet", _KEY)]
@@ -265,7 +271,10 @@ def _tables_of(shard: Shard) -> list[_Table]:
 def _read(url: str, storage_options: StorageOptions | None, *, schema_only: bool = False) -> Any:
     try:
         if url.lower().endswith((".jsonl", ".csv")):
-            return _read_text(read_bytes(url, storage_options), is_json=url.lower().endswith(".jsonl"))
+            table = _read_text(read_bytes(url, storage_options), is_json=url.lower().endswith(".jsonl"))
+            if twice := next((n for i, n in enumerate(table.column_names) if n in table.column_names[:i]), None):
+                raise InputError(f"cannot read {url}, the sidecar of a shard: it has two columns {twice!r}")
+            return table
         source = open_source(url, storage_options)
         try:
             return pq.read_schema(SourceFile(source)) if schema_only else read_table(source)

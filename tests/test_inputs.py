@@ -464,12 +464,40 @@ def test_columns_of_sidecars_decide(img2dataset: Path, client: Client, tmp_path:
             ic.ColumnFilterStage(ranges)
 
 
+def test_tables_tell_of_their_own_folder_and_the_nearer_one_counts(tmp_path: Path, photos, encode) -> None:
+    for name in ("top.jpg", "a/low.jpg", "a/b/lowest.jpg"):
+        path = tmp_path / "f" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photos[len(name)]))
+    names = ["top.jpg", "a/low.jpg", "a/b/lowest.jpg"]
+    pd.DataFrame({"file_name": names, "text": "from the top"}).to_csv(tmp_path / "f" / "metadata.csv", index=False)
+    below = pd.DataFrame({"file_name": ["../top.jpg", "./low.jpg", "/etc/passwd"], "text": "from below"})
+    below.to_csv(tmp_path / "f" / "a" / "metadata.csv", index=False)
+    frame = ic.read_webdataset(str(tmp_path / "f")).compute(scheduler="sync").set_index("key")
+    assert frame.text.to_dict() == {"top": "from the top", "a/low": "from below", "a/b/lowest": "from the top"}
+
+
+def test_tables_of_a_folder_that_tell_of_no_image_are_told(tmp_path: Path, photos, encode, caplog) -> None:
+    (tmp_path / "x.jpg").write_bytes(encode(photos[0]))
+    (tmp_path / "metadata.csv").write_text("name;text\nx.jpg;a\n")
+    assert list(ic.read_webdataset(str(tmp_path)).columns) == list(schema.INDEX_COLUMNS)
+    assert "metadata.csv has no column 'file_name', so it tells of no image" in caplog.text
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\nx.jpg,a,b\n")
+    caplog.clear()
+    assert list(ic.read_webdataset(str(tmp_path)).columns) == list(schema.INDEX_COLUMNS)
+    assert "it has two columns 'text'" in caplog.text
+
+
 def test_a_command_keeps_ranges_of_columns(img2dataset: Path, tmp_path: Path) -> None:
     model = ["--encoder", "tiny-image", "--no-dedup", "--workers", "1", "--quiet"]
     out, anew = tmp_path / "OUT", tmp_path / "ANEW"
     done = CliRunner().invoke(app, ["curate", str(img2dataset), "-o", str(out), *model, "--where", "punsafe=:0.5"])
     assert done.exit_code == 0, done.output
     assert pd.read_parquet(out / "catalog").status.value_counts().to_dict() == {"column": 6, "ok": 4}
+    for option in (["--caption", "txt"], ["--zero-shot", "a=b"]):
+        bare = ["curate", str(img2dataset), "-o", str(tmp_path / "X"), "--encoder", "none", *option]
+        with pytest.raises(ConfigError, match="these options need an --encoder"):
+            CliRunner().invoke(app, bare, catch_exceptions=False)
     done = CliRunner().invoke(app, ["refilter", str(out), "-o", str(anew), "--where", "punsafe=1:", "--workers", "1"])
     assert done.exit_code == 0, done.output
     assert pd.read_parquet(anew / "catalog").status.value_counts().to_dict() == {"column": 6, "ok": 4}

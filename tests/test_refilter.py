@@ -246,7 +246,10 @@ def test_what_code_dropped_stays_dropped_where_thresholds_do(tars, tmp_path, cli
 @pytest.mark.parametrize("own", [Odd, OddAndWarm])
 def test_what_code_dropped_cannot_be_decided_by_other_thresholds(tars, tmp_path, client, own) -> None:
     first = curate(tars, tmp_path / "OUT", client, own(), eps=None)
-    for changes in ({"ImageQualityFilterStage": {"ranges": {}}}, {"ImageQualityFilterStage": None}):
+    gone = f"{own.__module__}.{own.__qualname__}"
+    for changes in (
+        {"ImageQualityFilterStage": {"ranges": {}}}, {"ImageQualityFilterStage": None}, {gone: None},
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=r"dropped as 'odd' by the code of a stage.*no threshold"):
             refilter(first.output_dir, str(tmp_path / "OUT2"), changes, client=client)
     # What code drops after a deduplication depends on what that left.

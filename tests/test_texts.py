@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,10 @@ def _models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / f"{CLIP}.json").write_text(json.dumps(config))
     (folder / f"{SIGMOID}.json").write_text(json.dumps({**config, "init_logit_bias": -3.0, "custom_text": True}))
     open_clip.add_model_config(folder)
+    level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     yield
+    logging.getLogger().setLevel(level)
     load_text_encoder.__globals__["_load_text_encoder"].cache_clear()
 
 
@@ -133,6 +136,15 @@ def test_towers_of_texts_compute_what_open_clips_do(kind: str, changes: dict[str
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     else:
         assert float((found * expected).sum(dim=1).min()) > 0.999
+
+
+def test_the_embedding_of_a_text_does_not_depend_on_those_beside_it() -> None:
+    texts = ["word " * (i % 25) + f"dress {i}" for i in range(40)]
+    encoder = TextEncoder(EncoderSpec(CLIP, "random", precision="bf16"), CPU)
+    together = encoder(texts)
+    for n in (1, 3, 7):
+        apart = torch.cat([encoder(texts[i : i + n]) for i in range(0, len(texts), n)])
+        torch.testing.assert_close(apart, together, atol=1e-6, rtol=0)
 
 
 def test_texts_in_half_the_bits_are_nearly_the_same() -> None:
@@ -326,6 +338,42 @@ def test_what_lacks_a_value_is_not_kept_however_it_is_decided(shard, tmp_path, c
     assert "caption" not in ic.refilter(direct.output_dir, str(tmp_path / "ALL"), all_of_them).counts
 
 
+class Doubled(ic.ProcessingStage):
+    """A stage of one's own that makes something of another's score."""
+
+    name = "doubled"
+    needs = ("embedding", "caption_similarity")
+    adds = {"doubled": "float32"}
+    rules = (ic.Rule("doubled", ">=", -2, "doubled"),)
+
+    def process(self, batch: ic.ImageBatch) -> ic.ImageBatch:
+        batch["doubled"] = 2 * batch["caption_similarity"]
+        return batch
+
+
+def test_what_a_stage_made_of_a_column_does_not_outlive_it(shard, tmp_path, client) -> None:
+    caption = ImageCaptionFilterStage(None, **MODEL, precision="fp32")
+    result = run(shard, tmp_path / "OUT", client, caption, Doubled())
+    # No caption, no double.
+    assert result.counts == {"ok": 22, "doubled": 2, "decode_error": 1}
+    for change in (None, {"text_column": "json", "json_field": "meta.alt"}):
+        with pytest.raises(ConfigError, match="Doubled was made of the column 'caption_similarity'"):
+            ic.refilter(result.output_dir, str(tmp_path / "ANEW"), {"ImageCaptionFilterStage": change})
+    changes = {"ImageCaptionFilterStage": {"score_threshold": 0.0}}
+    anew = ic.refilter(result.output_dir, str(tmp_path / "ANEW"), changes, client=client)
+    assert_same(anew, run(shard, tmp_path / "DIRECT", client, replace(caption, score_threshold=0.0), Doubled()))
+
+
+def test_of_two_stages_of_a_name_none_is_changed(shard, tmp_path, client) -> None:
+    two = [ic.ColumnFilterStage({"nbytes": (10, None)}), ic.ColumnFilterStage({"width": (None, 500)})]
+    result = run(shard, tmp_path / "OUT", client, *two)
+    with pytest.raises(ConfigError, match="has 2 stages ColumnFilterStage: which of them"):
+        ic.refilter(result.output_dir, str(tmp_path / "ANEW"), {"ColumnFilterStage": {"ranges": {"nbytes": (0, 1)}}})
+    assert ic.refilter(result.output_dir, str(tmp_path / "SAME"), client=client).counts == result.counts
+    with pytest.raises(ConfigError, match="ImageZeroShotFilterStage needs the parameter 'labels'"):
+        ic.refilter(result.output_dir, str(tmp_path / "X"), {"ImageZeroShotFilterStage": {"ranges": {}}})
+
+
 def test_a_score_of_images_is_not_added(plain, tmp_path) -> None:
     with pytest.raises(ConfigError, match="needs the column 'content_hash'"):
         ic.refilter(plain.output_dir, str(tmp_path / "OUT"), {"ExactDedupStage": {}})
@@ -339,6 +387,8 @@ def test_a_score_of_images_is_not_added(plain, tmp_path) -> None:
         (lambda: ImageCaptionFilterStage(1.2), r"score_threshold=1.2 should be a number in \[-1, 1\]"),
         (lambda: ImageCaptionFilterStage(True), "score_threshold=True"),
         (lambda: ImageCaptionFilterStage(text_column=""), "text_column='' should be the name of a column"),
+        (lambda: ImageCaptionFilterStage(json_field=5), "json_field=5 should be a key"),
+        (lambda: ImageCaptionFilterStage(json_field=""), "json_field='' should be a key"),
         (lambda: ImageCaptionFilterStage(precision="fp8"), "fp8' is for images alone"),
         (lambda: ImageCaptionFilterStage(model="tiny-image"), "tiny-image knows no texts"),
         (lambda: ImageZeroShotFilterStage(LABELS, model="tiny-image"), "tiny-image knows no texts"),
@@ -366,6 +416,12 @@ def test_another_model_and_a_missing_column_are_refused_before_the_run(shard) ->
         plan(images, ImageZeroShotFilterStage(LABELS, model=SIGMOID, pretrained="random"))
     with pytest.raises(ConfigError, match="needs the column 'txt'.*text_columns"):
         plan(images, ImageCaptionFilterStage(**MODEL))
+    for column in ("width", "members"):
+        with pytest.raises(ConfigError, match=f"the column '{column}' does not hold text"):
+            plan(images, ImageCaptionFilterStage(text_column=column, **MODEL))
+    with pytest.raises(ConfigError, match="has a rule on 'width', which nobody knows"):
+        plan(ic.ColumnFilterStage({"width": (100, None)}))
+    plan(ic.ColumnFilterStage({"width": (100, None)}), images)
     with pytest.raises(ConfigError, match="needs the column 'embedding'"):
         plan(ImageZeroShotFilterStage(LABELS, **MODEL))
 
@@ -456,6 +512,8 @@ def test_a_picture_finds_itself_also_among_what_left(shard, tmp_path, client, en
     assert found["key"][0] == "007"
     # Here in float32, by Pillow's decoder.
     assert found["similarity"][0] > 0.999 > found["similarity"][1]
+    # An empty text is none.
+    assert ic.search(result.output_dir, " ", image=str(tmp_path / "x.jpg"), n=2, dropped=True).equals(found)
     both = ic.search(result.output_dir, "a caption", image=str(tmp_path / "x.jpg"), n=24, dropped=True)
     alone = ic.search(result.output_dir, "a caption", n=24, dropped=True).set_index("uid")["similarity"]
     picture = ic.search(result.output_dir, image=str(tmp_path / "x.jpg"), n=24, dropped=True).set_index("uid")[
@@ -469,6 +527,9 @@ def test_a_picture_finds_itself_also_among_what_left(shard, tmp_path, client, en
 def test_what_cannot_be_found_is_told(plain, shard, tmp_path, client, encode, photos) -> None:
     with pytest.raises(ConfigError, match="give a text"):
         ic.search(plain.output_dir, "  ")
+    for wrong in ({"text": 5}, {"image": 5}, {"text": "x", "page": 5}):
+        with pytest.raises(ConfigError, match="5 should be a string"):
+            ic.search(plain.output_dir, **wrong)
     with pytest.raises(ConfigError, match="n=0 should be"):
         ic.search(plain.output_dir, "x", n=0)
     (tmp_path / "page.jpg").write_bytes(b"<html>")

@@ -189,6 +189,8 @@ def tokenizer(model: str, model_dir: str | None = None) -> Any:
             return get_tokenizer(model, cache_dir=str(_folder(model_dir)))
     except Exception as exc:
         first = (str(exc) or type(exc).__name__).strip().splitlines()[0]
+        if isinstance(exc, ImportError):
+            raise WeightsError(f"the tokenizer of {model} takes a package: pip install transformers ({first})") from exc
         raise WeightsError(
             f"the tokenizer of {model} could not be loaded: {first}. It is kept in the cache of {_folder(model_dir)}, "
             "which may be filled where there is a network"

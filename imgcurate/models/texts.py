@@ -24,6 +24,7 @@ from imgcurate.models.encoders import TINY_IMAGE, EncoderSpec, compute_dtype
 __all__ = ["TextEncoder", "captions_of", "check_knows_text", "load_text_encoder", "prompt_embeddings"]
 
 _CPU: Final = Backend("cpu")
+_LEAST_TEXTS: Final = 4
 
 
 class TextEncoder:
@@ -78,13 +79,25 @@ class TextEncoder:
             float32, unit L2 norm, on the encoder's device.
         """
         size = min(self._batch_size, at_most or self._batch_size)
-        chunks = [self._encode(list(texts[start : start + size])) for start in range(0, len(texts), size)]
-        return torch.cat(chunks)
+        tokens = self._tokenize(list(texts))
+        # Texts of one length go together, so that none is computed otherwise for those beside it.
+        lengths = self._tower.lengths(tokens)
+        order = torch.argsort(lengths, stable=True)
+        _, counts = torch.unique_consecutive(lengths[order], return_counts=True)
+        chunks = [
+            self._encode(tokens[at]) for group in torch.split(order, counts.tolist()) for at in torch.split(group, size)
+        ]
+        features = torch.cat(chunks)
+        out = torch.empty_like(features)
+        out[order.to(out.device)] = features
+        return out
 
-    def _encode(self, texts: list[str]) -> torch.Tensor:
+    def _encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Encode texts of one length; of few of them a product may be computed in another way."""
+        n = len(tokens)
         with torch.inference_mode():
-            features = self._tower(self._tokenize(texts))
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+            features = self._tower(torch.cat([tokens, tokens[:1].expand(max(0, _LEAST_TEXTS - n), -1)]))
+        return torch.nn.functional.normalize(features[:n].float(), dim=-1)
 
 
 def check_knows_text(spec: EncoderSpec) -> None:

@@ -214,11 +214,17 @@ class _Texts(nn.Module):
         self.blocks, self.norm, self.projection = blocks, tower.ln_final, tower.text_projection
         self.end = end
 
+    def lengths(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return how many tokens of each text are computed if no longer one is beside it, (n,)."""
+        return ((self._ends(tokens) // _LENGTH_STEP + 1) * _LENGTH_STEP).clamp(max=tokens.shape[1])
+
+    def _ends(self, tokens: torch.Tensor) -> torch.Tensor:
+        # Mostly the end is the token of the highest number.
+        return tokens.argmax(dim=1) if self.end is None else (tokens == self.end).int().argmax(dim=1)
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the features of texts, (n, d), of their tokens, (n, length) on the host."""
-        # Mostly the end is the token of the highest number.
-        ends = tokens.argmax(dim=1) if self.end is None else (tokens == self.end).int().argmax(dim=1)
-        used = min(tokens.shape[1], -(-(int(ends.max()) + 1) // _LENGTH_STEP) * _LENGTH_STEP)
+        ends, used = self._ends(tokens), int(self.lengths(tokens).max())
         tokens, ends = (each.to(self.positions.device) for each in (tokens[:, :used], ends))
         x = self.blocks(self.embedding(tokens) + self.positions[:used])
         x = self.norm(x[torch.arange(len(x), device=x.device), ends])
@@ -237,6 +243,9 @@ class _AsItIs(nn.Module):
         super().__init__()
         self.model, self.dtype = model, dtype
         self.device = next(model.parameters()).device
+
+    def lengths(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(tokens),), tokens.shape[1])
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
@@ -328,7 +337,7 @@ def prepare(
     return visual
 
 
-def prepare_text(model: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+def prepare_text(model: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """Return what makes features of tokens, with faster layers; what is given is not to be used any more.
 
     Parameters

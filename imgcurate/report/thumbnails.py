@@ -80,7 +80,7 @@ def thumbnails(
     with ThreadPoolExecutor(_THREADS) as pool:
         made = list(pool.map(make, by_shard.values()))
     if failures := [why for why in made if isinstance(why, str)]:
-        logger.warning("pictures are missing from the report, of %d shards: %s", len(failures), failures[0])
+        logger.warning("pictures are missing, of %d shards: %s", len(failures), failures[0])
     return {row: uri for uris in made if isinstance(uris, dict) for row, uri in uris.items() if uri is not None}
 
 

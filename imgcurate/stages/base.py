@@ -179,6 +179,8 @@ class ProcessingStage(Stage):
     nullable : tuple of str
         Columns of ``needs`` that may be null; where no images are decoded, rows in which another one is null do not
         come to the stage.
+    texts : tuple of str
+        Columns of ``needs`` that have to hold text.
 
     Examples
     --------
@@ -199,6 +201,7 @@ class ProcessingStage(Stage):
     rules: tuple[Rule, ...] = ()
     encoder: str | None = None
     nullable: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def setup(self, worker: Worker) -> None:
         """Load what the stage needs; called once per worker process, before the first batch."""

@@ -83,6 +83,8 @@ class ImageCaptionFilterStage(ProcessingStage):
         _check_cosine(self.name, self.score_threshold)
         if not isinstance(self.text_column, str) or not self.text_column:
             raise ConfigError(f"text_column={self.text_column!r} should be the name of a column, such as 'txt'")
+        if self.json_field is not None and (not isinstance(self.json_field, str) or not self.json_field):
+            raise ConfigError(f"json_field={self.json_field!r} should be a key, such as 'caption'")
         if self.precision == "fp8":
             raise ConfigError("precision='fp8' is for images alone: captions take auto, fp32, bf16 or fp16")
         self.model_dir = absolute_path(self.model_dir)
@@ -101,6 +103,11 @@ class ImageCaptionFilterStage(ProcessingStage):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """The embeddings, and the captions."""
         return (schema.EMBEDDING, schema.ENCODER, self.text_column)
+
+    @property
+    def texts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The captions."""
+        return (self.text_column,)
 
     @property
     def nullable(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -102,6 +102,9 @@ def make_stage(place: str, name: str, params: Mapping[str, Any], *, others: Mapp
         if key not in known and not takes_any:
             raise ConfigError(f"{place} {name} has no parameter {key!r}{nearest(key, known)}")
     given = {**{k: v for k, v in (others or {}).items() if k in known}, **params}
+    required = [k for k, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if missing := [k for k in required if k not in given]:
+        raise ConfigError(f"{place} {name} needs the parameter {missing[0]!r}")
     try:
         return kind(**given)
     except ConfigError as exc:

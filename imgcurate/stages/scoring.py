@@ -33,12 +33,12 @@ def check_threshold(stage: str, threshold: float | None) -> None:
 
 def check_pair(column: str, bounds: Any) -> None:
     """Raise ConfigError if the bounds of a column are no range."""
-    expected = f"{column} should be a pair, least and largest: [256, null] in YAML, (256, None) in Python"
     if isinstance(bounds, (str, bytes)) or not isinstance(bounds, Sequence) or len(bounds) != 2:
-        raise ConfigError(f"ranges: {expected}, not {bounds!r}")
+        expected = "least and largest: [256, null] in YAML, (256, None) in Python"
+        raise ConfigError(f"ranges: {column} should be a pair, {expected}, not {bounds!r}")
     given = [b for b in bounds if b is not None]
     if not all(isinstance(b, numbers.Real) and not isinstance(b, bool) and math.isfinite(b) for b in given):
-        raise ConfigError(f"ranges: {expected} of finite numbers, not {bounds!r}")
+        raise ConfigError(f"ranges: {column} should be a pair of finite numbers, one of which may be open: {bounds!r}")
     if len(given) == 2 and given[0] > given[1]:
         raise ConfigError(f"ranges: {column} has min={given[0]} > max={given[1]}, which would keep nothing")
 
