@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from imgcurate.errors import ConfigError
 
 __all__ = ["caption_options", "column_ranges", "quality_ranges", "ranges_of", "storage_options", "zero_shot_options"]
 
+_WHOLE: Final = re.compile(r"[+-]?[0-9]{1,19}")
 _TEXT_OPTIONS: Final = frozenset({"key", "secret", "token", "username", "password"})
 
 
@@ -36,7 +38,7 @@ def ranges_of(
     Examples
     --------
     >>> ranges_of("--quality", ["sharpness=100:", "aspect_ratio=:3"], "COLUMN=MIN:MAX", "sharpness=100:")
-    {'sharpness': (100.0, None), 'aspect_ratio': (None, 3.0)}
+    {'sharpness': (100, None), 'aspect_ratio': (None, 3)}
     """
     ranges: dict[str, tuple[float | None, float | None]] = {}
     for text in texts:
@@ -44,13 +46,18 @@ def ranges_of(
         if name in ranges:
             raise ConfigError(f"{option} {name}=... is given twice")
         try:
-            low, high = (float(bound) if bound.strip() else None for bound in bounds.split(":"))
+            low, high = (_number(bound) if bound.strip() else None for bound in bounds.split(":"))
         except ValueError as exc:
             raise ConfigError(f"{option} {text} should be {form}, such as {example}") from exc
         if not equals or (low is None and high is None):
             raise ConfigError(f"{option} {text} names no bound: it should be {form}, such as {example}")
         ranges[name] = low, high
     return ranges
+
+
+def _number(text: str) -> float:
+    """Return a number; a whole one as such, for a float does not tell those beyond 2^53 apart."""
+    return int(text) if _WHOLE.fullmatch(text.strip()) else float(text)
 
 
 def quality_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:

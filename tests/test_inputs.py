@@ -35,6 +35,7 @@ from imgcurate.errors import ConfigError, InputError
 from imgcurate.folders import file_name, list_folder, quoted
 from imgcurate.inputs import check_unchanged, describe_shards, find_shards, state_of
 from imgcurate.inspection import inspect_shards
+from imgcurate.options import column_ranges
 from imgcurate.shards import Shard, index_shard
 from imgcurate.sidecars import find_sidecars
 from imgcurate.stages import (
@@ -462,6 +463,21 @@ def test_columns_of_sidecars_decide(img2dataset: Path, client: Client, tmp_path:
     for ranges in ({"x": 3}, {"x": (2, 1)}, {"": (0, 1)}, [("x", 1)]):
         with pytest.raises(ConfigError, match="ranges"):
             ic.ColumnFilterStage(ranges)
+
+
+def test_whole_numbers_are_compared_as_such(img2dataset: Path, client: Client, tmp_path: Path) -> None:
+    large = 2**53
+    for name in ("00000", "00001"):
+        table = pq.read_table(img2dataset / f"{name}.parquet")
+        numbers = pa.array([large, large + 1, None, large + 2, large + 3, None], pa.int64())
+        pq.write_table(table.append_column("big", numbers), img2dataset / f"{name}.parquet")
+    source = ic.FilePartitioningStage(str(img2dataset))
+    where = ic.ColumnFilterStage({"big": (large + 1, large + 2)})
+    result = ic.Pipeline([source, ic.ImageReaderStage(), where]).run(str(tmp_path / "OUT"), client=client)
+    rows = result.catalog.compute()
+    assert list(rows.status) == ["column", "ok", "ok", "column", "column"] * 2
+    assert rows.reason.iloc[0] == f"big {large} < {large + 1}"
+    assert column_ranges([f"big={large + 1}:", "x=:0.5"]) == {"big": (large + 1, None), "x": (None, 0.5)}
 
 
 def test_tables_tell_of_their_own_folder_and_the_nearer_one_counts(tmp_path: Path, photos, encode) -> None:

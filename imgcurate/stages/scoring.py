@@ -38,7 +38,8 @@ def check_pair(column: str, bounds: Any) -> None:
         raise ConfigError(f"ranges: {column} should be a pair, {expected}, not {bounds!r}")
     given = [b for b in bounds if b is not None]
     if not all(isinstance(b, numbers.Real) and not isinstance(b, bool) and math.isfinite(b) for b in given):
-        raise ConfigError(f"ranges: {column} should be a pair of finite numbers, one of which may be open: {bounds!r}")
+        expected = "least and largest, of finite numbers or of what is open (null, None)"
+        raise ConfigError(f"ranges: {column} should be a pair, {expected}, not {bounds!r}")
     if len(given) == 2 and given[0] > given[1]:
         raise ConfigError(f"ranges: {column} has min={given[0]} > max={given[1]}, which would keep nothing")
 
@@ -46,7 +47,8 @@ def check_pair(column: str, bounds: Any) -> None:
 def rules_of(ranges: Mapping[str, Range], status: str) -> tuple[Rule, ...]:
     """Return a rule for each bound of the ranges of some columns."""
     return tuple(
-        Rule(column, op, float(bound), status)
+        # Whole numbers may be larger than those that a float tells apart.
+        Rule(column, op, int(bound) if isinstance(bound, numbers.Integral) else float(bound), status)
         for column, bounds in ranges.items()
         for op, bound in zip((">=", "<="), bounds, strict=True)
         if bound is not None
