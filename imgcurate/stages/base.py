@@ -88,8 +88,8 @@ class Rule:
         """
         if value != value:
             return f"{self.column} is missing or not a number"
-        if isinstance(value, int) and self.threshold == round(self.threshold):
-            return f"{self.column} {value} {_OPPOSITE[self.op]} {int(self.threshold)}"
+        if isinstance(value, int) and (isinstance(self.threshold, int) or float(self.threshold).is_integer()):
+            return f"{self.column} {int(value)} {_OPPOSITE[self.op]} {int(self.threshold)}"
         for digits in range(2, 9):
             got, limit = f"{value:.{digits}f}", f"{self.threshold:.{digits}f}"
             if got != limit and float(limit) == round(self.threshold, 9):
