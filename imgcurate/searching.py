@@ -106,9 +106,9 @@ def search(
         about = " and ".join([*([f'"{text}"'] if text else []), *([f"the picture {image}"] if image else [])])
         write_hits(page, f"Nearest to {about}", run, table, similarity, storage_options=storage_options)
     shown = table.select([c for c in table.column_names if c not in _SHOWN_NOT and not _is_nested(table, c)])
-    found: pd.DataFrame = _CPU.frame_from_arrow(shown)
-    found.insert(0, schema.SIMILARITY, found.pop(schema.SIMILARITY) if schema.SIMILARITY in found else np.nan)
-    found[schema.SIMILARITY] = similarity
+    # That of the catalog is to what a sample duplicates.
+    found: pd.DataFrame = _CPU.frame_from_arrow(shown).drop(columns=schema.SIMILARITY, errors="ignore")
+    found.insert(0, schema.SIMILARITY, similarity)
     return found
 
 

@@ -28,7 +28,6 @@ from imgcurate.models.towers import prepare_text
 from imgcurate.options import caption_options, zero_shot_options
 from imgcurate.stages import (
     FilePartitioningStage,
-    ImageAestheticFilterStage,
     ImageCaptionFilterStage,
     ImageEmbeddingStage,
     ImageReaderStage,
@@ -475,11 +474,6 @@ def test_a_command_scores_captions_and_prompts(shard, tmp_path) -> None:
     anew = pd.read_parquet(tmp_path / "OUT2" / "catalog")
     keeps = (decoded["caption_similarity"] >= 0.01) & decoded["zero_shot_a"].between(0.4, 0.6)
     assert sorted(anew["uid"][anew["status"] == "ok"]) == sorted(decoded["uid"][keeps])
-
-
-def test_the_head_of_another_model_is_refused_beside_texts() -> None:
-    with pytest.raises(EncoderMismatchError):
-        ImageAestheticFilterStage().check("test-clip/random")
 
 
 def test_a_text_finds_the_nearest_embeddings(plain, shard, tmp_path) -> None:

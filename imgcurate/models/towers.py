@@ -6,7 +6,7 @@ of. :func:`prepare` puts blocks in its place that compute the same: four linear 
 linear layers can multiply 8-bit floats. The last block computes the first token alone where no other is looked at, and
 the patches become tokens by a matrix product, which is faster than a convolution. On a CPU that multiplies bfloat16 the
 weights lie as oneDNN wants them, and a layer whose output is added to something adds it itself. Of texts nothing is
-computed behind the end of the longest one.
+computed behind the end of the longest one that is given.
 """
 
 from __future__ import annotations

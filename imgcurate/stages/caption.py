@@ -16,19 +16,18 @@ from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError
 from imgcurate.lazy import torch
-from imgcurate.models import clip_weights
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.texts import TextEncoder, captions_of, check_knows_text, load_text_encoder
 from imgcurate.models.weights import absolute_path
-from imgcurate.stages.base import ProcessingStage, Rule, Worker
+from imgcurate.stages.base import Rule, Worker
 from imgcurate.stages.executor import apply_stages
-from imgcurate.stages.scoring import absolute_weights, check_same_model, encoders_of
+from imgcurate.stages.scoring import TextStage, absolute_weights, encoders_of
 
 __all__ = ["ImageCaptionFilterStage", "score_captions"]
 
 
 @dataclass
-class ImageCaptionFilterStage(ProcessingStage):
+class ImageCaptionFilterStage(TextStage):
     """Compare images with their captions, and keep those that their captions describe.
 
     Adds ``caption_similarity``, the cosine of the embeddings of image and caption, in [-1, 1], known as CLIP score:
@@ -121,15 +120,6 @@ class ImageCaptionFilterStage(ProcessingStage):
             return ()
         return (Rule(schema.CAPTION_SIMILARITY, ">=", self.score_threshold, schema.STATUS_CAPTION),)
 
-    def check(self, encoder: str | None) -> None:
-        """Refuse embeddings of another model."""
-        check_same_model(self.name, self._spec, encoder)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the model's identity and the checksum of its weights; its tokenizer is fetched too."""
-        clip_weights.tokenizer(self.model, self.model_dir)
-        return self._spec.fingerprint()
-
     def setup(self, worker: Worker) -> None:
         """Load the model, once per process."""
         self._encoder = load_text_encoder(self._spec, worker.backend)
@@ -139,7 +129,7 @@ class ImageCaptionFilterStage(ProcessingStage):
         if self._encoder is None:
             raise RuntimeError("setup() was not called")
         for encoder in encoders_of(batch):
-            check_same_model(self.name, self._spec, encoder)
+            self.check(encoder)
         captions = captions_of(batch[self.text_column], self.json_field)
         there = [i for i, caption in enumerate(captions) if caption is not None]
         scores = torch.full((len(batch),), math.nan, device=batch.device)

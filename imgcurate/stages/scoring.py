@@ -13,11 +13,20 @@ import pandas as pd
 from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError, EncoderMismatchError
+from imgcurate.models import clip_weights
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.weights import absolute_path
-from imgcurate.stages.base import Rule
+from imgcurate.stages.base import ProcessingStage, Rule
 
-__all__ = ["Range", "absolute_weights", "check_pair", "check_same_model", "check_threshold", "encoders_of", "rules_of"]
+__all__ = [
+    "Range",
+    "TextStage",
+    "absolute_weights",
+    "check_pair",
+    "check_threshold",
+    "encoders_of",
+    "rules_of",
+]
 
 Range = Sequence[float | None]
 """The least and the largest value of a column that are kept; None is open."""
@@ -78,10 +87,20 @@ def absolute_weights(pretrained: str) -> str:
     return pretrained
 
 
-def check_same_model(stage: str, spec: EncoderSpec, encoder: str | None) -> None:
-    """Raise EncoderMismatchError if images were embedded by another model than the one that embeds texts."""
-    if encoder is not None and encoder != (mine := spec.identity()):
-        raise EncoderMismatchError(
-            f"stage {stage}: the images are embedded by {encoder} and the texts by {mine}, which cannot be compared: "
-            "name the same model and weights (model, pretrained)"
-        )
+class TextStage(ProcessingStage):
+    """What the stages share that compare embedded images with texts: both are embedded by one model, :attr:`_spec`."""
+
+    _spec: EncoderSpec
+
+    def check(self, encoder: str | None) -> None:
+        """Refuse embeddings of another model."""
+        if encoder is not None and encoder != (mine := self._spec.identity()):
+            raise EncoderMismatchError(
+                f"stage {self.name}: the images are embedded by {encoder} and the texts by {mine}, which cannot be "
+                "compared: name the same model and weights (model, pretrained)"
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the model's identity and the checksum of its weights; its tokenizer is fetched too."""
+        clip_weights.tokenizer(self._spec.model, self._spec.model_dir)
+        return self._spec.fingerprint()

@@ -14,13 +14,12 @@ from imgcurate import schema
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.lazy import torch
-from imgcurate.models import clip_weights
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.texts import check_knows_text, prompt_embeddings
 from imgcurate.models.weights import absolute_path
-from imgcurate.stages.base import ProcessingStage, Rule, Worker
+from imgcurate.stages.base import Rule, Worker
 from imgcurate.stages.executor import apply_stages
-from imgcurate.stages.scoring import Range, absolute_weights, check_pair, check_same_model, encoders_of, rules_of
+from imgcurate.stages.scoring import Range, TextStage, absolute_weights, check_pair, encoders_of, rules_of
 
 __all__ = ["ImageZeroShotFilterStage", "score_zero_shot"]
 
@@ -28,7 +27,7 @@ _LABEL: Final = re.compile(r"[A-Za-z0-9_]+")
 
 
 @dataclass
-class ImageZeroShotFilterStage(ProcessingStage):
+class ImageZeroShotFilterStage(TextStage):
     """Tell what images show by prompts, and keep those whose probabilities lie in given ranges.
 
     Adds ``zero_shot_<label>`` for each label, a probability in [0, 1]. They sum to 1, so an image is told to be like
@@ -103,15 +102,6 @@ class ImageZeroShotFilterStage(ProcessingStage):
         ranges = {schema.zero_shot_column(label): bounds for label, bounds in self.ranges.items()}
         return rules_of(ranges, schema.STATUS_ZERO_SHOT)
 
-    def check(self, encoder: str | None) -> None:
-        """Refuse embeddings of another model."""
-        check_same_model(self.name, self._spec, encoder)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the model's identity and the checksum of its weights; its tokenizer is fetched too."""
-        clip_weights.tokenizer(self.model, self.model_dir)
-        return self._spec.fingerprint()
-
     def setup(self, worker: Worker) -> None:
         """Embed the prompts, once per process; the text tower is not kept."""
         embeddings, scale, bias = prompt_embeddings(list(self._prompts.values()), self._spec)
@@ -122,7 +112,7 @@ class ImageZeroShotFilterStage(ProcessingStage):
         if self._classifier is None:
             raise RuntimeError("setup() was not called")
         for encoder in encoders_of(batch):
-            check_same_model(self.name, self._spec, encoder)
+            self.check(encoder)
         likely = self._classifier(batch[schema.EMBEDDING]) if len(batch) else torch.empty((0, len(self._prompts)))
         for i, label in enumerate(self._prompts):
             batch[schema.zero_shot_column(label)] = likely[:, i]
