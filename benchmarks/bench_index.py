@@ -31,6 +31,7 @@ from wds2idx import IndexCreator
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from imgcurate import schema
+from imgcurate.members import MemberColumns
 from imgcurate.shards import ShardIndex, index_shard
 from imgcurate.storage import open_source
 from imgcurate.tar import TarScan, scan_tar
@@ -69,7 +70,7 @@ def cases(path: str, samples: int, format_: str) -> list[Case]:
         Case("tarfile", lambda: list_members(path), lambda found: {"members": len(found)}, members),
         Case("scan_tar", lambda: scan(path), lambda found: {"members": len(found.members)}, members),
         Case("index_shard", index, count_index, both, min_ratio=claim),
-        Case("index_shard, txt and json", lambda: index(texts=("txt", "json")), count_index, both),
+        Case("index_shard, txt and json", lambda: index(columns=MemberColumns(("txt", "json"))), count_index, both),
         Case("wds2idx", lambda: write_index(path), count_lines, both),
         Case("webdataset, all bytes", lambda: read_with_webdataset(path), count_samples, both),
     ]

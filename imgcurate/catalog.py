@@ -204,7 +204,8 @@ class Manifest:
         them. Partitions never hold inputs of two increments.
     source : dict
         Where the inputs were looked for and how they are divided: ``file_paths``, ``files_per_partition``,
-        ``sidecar_columns``, ``text_columns``; or ``refilter``, the folder of the run that was decided anew.
+        ``sidecar_columns``, ``text_columns``, ``json_columns``; or ``refilter``, the folder of the run that was decided
+        anew.
     exporting : bool
         Whether the shards that are there are of this run as it is decided now.
     timeline : list of [float, int]

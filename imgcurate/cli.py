@@ -21,6 +21,8 @@ from imgcurate.console import (
     DryRun,
     EpsList,
     Inputs,
+    IsIn,
+    IsNotIn,
     Json,
     Keep,
     LogJson,
@@ -147,6 +149,8 @@ def curate(
     zero_shot: ZeroShot = None,
     zero_shot_range: ZeroShotRange = None,
     where: Where = None,
+    is_in: IsIn = None,
+    is_not_in: IsNotIn = None,
     quality: Annotated[
         list[str] | None,
         typer.Option(
@@ -191,6 +195,13 @@ def curate(
         list[str] | None,
         typer.Option(metavar="EXT", help="Make a column of the members .EXT, such as txt or json; repeatable."),
     ] = None,
+    json_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY[:KIND]",
+            help="Make a column of a key in the members .json; KIND: number, integer, text, boolean; repeatable.",
+        ),
+    ] = None,
     storage_option: StorageOption = None,
     device: Device = "auto",
     workers: Workers = None,
@@ -210,7 +221,7 @@ def curate(
     quiet: Quiet = False,
 ) -> None:
     """Curate shards: embed, score, filter, remove duplicates, write what is kept."""
-    from imgcurate.options import caption_options, column_ranges, quality_ranges, zero_shot_options
+    from imgcurate.options import caption_options, column_options, json_columns, quality_ranges, zero_shot_options
     from imgcurate.stages import (
         ColumnFilterStage,
         ExactDedupStage,
@@ -253,8 +264,8 @@ def curate(
         texts += ({stages[-1].text_column} & {"txt", "json"}) - set(texts)
     if prompts:
         stages.append(ImageZeroShotFilterStage(**{"labels": {}, **prompts, **model}))
-    if where:
-        stages.append(ColumnFilterStage(column_ranges(where)))
+    if by_columns := column_options(where, is_in, is_not_in):
+        stages.append(ColumnFilterStage(**by_columns))
     if exact_dedup:
         stages.append(ExactDedupStage(keep_by=keep_by))
     if perceptual is not None:
@@ -274,7 +285,7 @@ def curate(
         )  # fmt: skip
     limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "min_size": min_size}
     limits = {k: v for k, v in limits.items() if v is not None}
-    reading = {"text_columns": texts, **limits}
+    reading = {"text_columns": texts, "json_columns": json_columns(json_column or []), **limits}
     pipeline = _pipeline(
         inputs, stages, images_per_tar, files_per_partition, batch_size, storage_option or [], sidecars, **reading
     )

@@ -16,6 +16,8 @@ from imgcurate.console import (
     Device,
     EpsList,
     Inputs,
+    IsIn,
+    IsNotIn,
     Json,
     Keep,
     MinCaption,
@@ -67,6 +69,8 @@ def refilter(
     zero_shot: ZeroShot = None,
     zero_shot_range: ZeroShotRange = None,
     where: Where = None,
+    is_in: IsIn = None,
+    is_not_in: IsNotIn = None,
     quality: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN=MIN:MAX", help="Keep these ranges, and no others; repeatable.")
     ] = None,
@@ -97,7 +101,7 @@ def refilter(
     quiet: Quiet = False,
 ) -> None:
     """Decide a finished run anew, without decoding an image: what is not given stays as it was."""
-    from imgcurate.options import caption_options, column_ranges, quality_ranges, storage_options, zero_shot_options
+    from imgcurate.options import caption_options, column_options, quality_ranges, storage_options, zero_shot_options
     from imgcurate.refiltering import refilter as decide
     from imgcurate.refiltering import stages_of
 
@@ -111,7 +115,7 @@ def refilter(
         "ImageNSFWFilterStage": {"score_threshold": max_nsfw},
         "ImageCaptionFilterStage": caption_options(min_caption_similarity, caption),
         "ImageZeroShotFilterStage": zero_shot_options(zero_shot or [], zero_shot_range or []),
-        "ColumnFilterStage": {"ranges": column_ranges(where) if where else None},
+        "ColumnFilterStage": column_options(where, is_in, is_not_in),
         "ImageQualityFilterStage": {"ranges": quality_ranges(quality) if quality else None},
         "ExactDedupStage": {"keep_by": keep_by if exact_dedup else None},
         "PerceptualDedupStage": {

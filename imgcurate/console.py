@@ -27,6 +27,8 @@ __all__ = [
     "DryRun",
     "EpsList",
     "Inputs",
+    "IsIn",
+    "IsNotIn",
     "Json",
     "Keep",
     "LogJson",
@@ -123,6 +125,20 @@ Where = Annotated[
         metavar="COLUMN=MIN:MAX", help="Keep this range of a column of sidecars or scores, as punsafe=:0.1; repeatable."
     ),
 ]
+IsIn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--is-in", metavar="COLUMN=VALUE|@FILE",
+        help="Keep these values of a column, as license=cc0, or those that a file lists; repeatable.",
+    ),
+]  # fmt: skip
+IsNotIn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--is-not-in", metavar="COLUMN=VALUE|@FILE",
+        help="Leave these values out, as url=@opted-out.txt; repeatable.",
+    ),
+]  # fmt: skip
 Workers = Annotated[int | None, typer.Option(min=1, help="Local worker processes.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address or file of a running Dask scheduler.")]
 TlsCa = Annotated[str | None, typer.Option("--tls-ca-file", help="PEM file of the CA of a tls:// scheduler.")]

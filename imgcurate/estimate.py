@@ -178,7 +178,7 @@ def _samples(origin: ShardOrigin, sizes: list[int | None], notes: list[str]) -> 
     for number in chosen:
         try:
             table = read_group(
-                ((number, origin.shards[number]),), origin.plan.reader.text_columns, origin.options, origin.sidecars
+                ((number, origin.shards[number]),), origin.plan.reader.members, origin.options, origin.sidecars
             )
         except ImgcurateError as exc:
             notes.append(str(exc))

@@ -33,6 +33,7 @@ from imgcurate.errors import CatalogError, ConfigError, nearest
 from imgcurate.storage import (
     StorageError,
     atomic_write,
+    exclusive,
     exists,
     is_local,
     join_url,
@@ -83,7 +84,7 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
     ConfigError
         If a format is unknown, needs embeddings that the run does not have, or its files are there already.
     StorageError
-        If a file cannot be written; none of these formats is there then.
+        If a file cannot be written, or another process writes to the folder; none of these formats is there then.
     """
     manifest = Manifest.of_finished(run)
     catalog = Catalog(run, manifest.n_parts)
@@ -95,6 +96,11 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
         if name in ("npy", "clip-retrieval") and schema.EMBEDDING not in catalog.schema.names:
             raise ConfigError(f"{run} has no embeddings, so it cannot be exported as {name}")
     make_folder(output)
+    with exclusive(output):
+        return _write(catalog, output, formats, kept)
+
+
+def _write(catalog: Catalog, output: str, formats: Sequence[str], kept: int) -> dict[str, int]:
     mark = join_url(output, UNFINISHED)
     if exists(mark):
         # What an export began that was killed is no more than a part of it.

@@ -13,6 +13,7 @@ from imgcurate import schema
 from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.errors import ConfigError
 from imgcurate.inputs import check_unchanged, find_shards
+from imgcurate.members import NO_MEMBERS, MemberColumns
 from imgcurate.partitions import Partitions
 from imgcurate.shards import Shard, index_shard
 from imgcurate.sidecars import NO_SIDECARS, SidecarColumns, Sidecars, find_sidecars
@@ -29,6 +30,7 @@ def read_webdataset(
     *,
     files_per_partition: int = 1,
     text_columns: Sequence[str] = (),
+    json_columns: Mapping[str, str] | None = None,
     sidecar_columns: SidecarColumns = "auto",
     device: str = "auto",
     storage_options: Mapping[str, Any] | None = None,
@@ -44,6 +46,9 @@ def read_webdataset(
         Shards per partition.
     text_columns : sequence of str
         Members to have as string columns, by extension: ``("txt", "json")``.
+    json_columns : mapping of str to str, optional
+        Keys of the objects in members ``.json`` to have as columns, and what they hold: ``{"pwatermark": "number"}``;
+        see :class:`ImageReaderStage`.
     sidecar_columns : "auto" or sequence of str
         Columns of the Parquet files beside tars, as img2dataset writes them, to join by key: ``("url",
         "caption")``. ``"auto"`` takes all if the first shards have one. See :mod:`imgcurate.sidecars`.
@@ -60,6 +65,8 @@ def read_webdataset(
 
     Raises
     ------
+    ConfigError
+        If the columns are not what they should be.
     InputError
         If a pattern matches nothing, or names something of an unknown kind.
 
@@ -70,18 +77,17 @@ def read_webdataset(
     """
     if files_per_partition < 1:
         raise ConfigError(f"files_per_partition={files_per_partition} should be >= 1")
+    members = MemberColumns.of(text_columns, json_columns)
     shards = find_shards(urls, storage_options)
-    sidecars = find_sidecars(shards, sidecar_columns, storage_options, taken=text_columns)
+    sidecars = find_sidecars(shards, sidecar_columns, storage_options, taken=members.types)
     groups = groups_of(shards, Partitions.divide([None] * len(shards), files_per_partition))
-    return frame_of_groups(
-        groups, text_columns=text_columns, sidecars=sidecars, device=device, storage_options=storage_options
-    )
+    return frame_of_groups(groups, members=members, sidecars=sidecars, device=device, storage_options=storage_options)
 
 
 def frame_of_groups(
     groups: Sequence[ShardGroup],
     *,
-    text_columns: Sequence[str] = (),
+    members: MemberColumns = NO_MEMBERS,
     sidecars: Sidecars = NO_SIDECARS,
     device: str = "auto",
     storage_options: Mapping[str, Any] | None = None,
@@ -91,11 +97,11 @@ def frame_of_groups(
     return lazy_frame(
         _read_frame,
         list(groups),
-        text_columns=tuple(text_columns),
+        members=members,
         sidecars=sidecars,
         device=backend.name,
         storage_options=storage_options,
-        meta=backend.meta(index_schema(text_columns, sidecars)),
+        meta=backend.meta(index_schema(members, sidecars)),
         label="read-webdataset",
     )
 
@@ -105,15 +111,15 @@ def groups_of(shards: Sequence[Shard], partitions: Partitions) -> list[ShardGrou
     return [tuple((number, shards[number]) for number in numbers) for numbers in partitions]
 
 
-def index_schema(text_columns: Sequence[str] = (), sidecars: Sidecars = NO_SIDECARS) -> pa.Schema:
+def index_schema(members: MemberColumns = NO_MEMBERS, sidecars: Sidecars = NO_SIDECARS) -> pa.Schema:
     """Return the Arrow schema of the index frame."""
-    extra = dict.fromkeys(text_columns, pa.string()) | sidecars.types
+    extra = members.types | sidecars.types
     return schema.arrow_schema([*schema.INDEX_COLUMNS, *extra], extra)
 
 
 def read_group(
     group: ShardGroup,
-    text_columns: Sequence[str] = (),
+    members: MemberColumns = NO_MEMBERS,
     storage_options: Mapping[str, Any] | None = None,
     sidecars: Sidecars = NO_SIDECARS,
 ) -> pa.Table:
@@ -124,23 +130,23 @@ def read_group(
     pa.Table
         One row per sample, in the order of the shards and of the samples in them.
     """
-    out = index_schema(text_columns, sidecars)
+    out = index_schema(members, sidecars)
     tables = []
     for position, (number, shard) in enumerate(group):
         for _, following in group[position + 1 : position + 2]:
             if not following.files:
                 read_ahead(following.url, storage_options)
         check_unchanged(shard, storage_options)
-        index = index_shard(shard, number, storage_options=storage_options, texts=tuple(text_columns))
+        index = index_shard(shard, number, storage_options=storage_options, columns=members)
         tables.append(sidecars.join(index.table, shard, storage_options))
     return pa.concat_tables([t.select(out.names).cast(out) for t in tables]).combine_chunks()
 
 
 def _read_frame(
     group: ShardGroup,
-    text_columns: Sequence[str],
+    members: MemberColumns,
     sidecars: Sidecars,
     device: str,
     storage_options: Mapping[str, Any] | None,
 ) -> Any:
-    return get_backend(device).frame_from_arrow(read_group(group, text_columns, storage_options, sidecars))
+    return get_backend(device).frame_from_arrow(read_group(group, members, storage_options, sidecars))

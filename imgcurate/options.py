@@ -9,8 +9,18 @@ from typing import Any, Final
 import yaml
 
 from imgcurate.errors import ConfigError
+from imgcurate.members import JSON_KINDS
 
-__all__ = ["caption_options", "column_ranges", "quality_ranges", "ranges_of", "storage_options", "zero_shot_options"]
+__all__ = [
+    "caption_options",
+    "column_options",
+    "json_columns",
+    "quality_ranges",
+    "ranges_of",
+    "storage_options",
+    "value_lists",
+    "zero_shot_options",
+]
 
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,19}")
 _TEXT_OPTIONS: Final = frozenset({"key", "secret", "token", "username", "password"})
@@ -65,9 +75,72 @@ def quality_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float 
     return ranges_of("--quality", texts, "COLUMN=MIN:MAX", "sharpness=100: or aspect_ratio=:3")
 
 
-def column_ranges(texts: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
-    """Return the ranges of ``--where``; see :func:`ranges_of`."""
-    return ranges_of("--where", texts, "COLUMN=MIN:MAX", "punsafe=:0.1")
+def value_lists(option: str, texts: Sequence[str]) -> dict[str, list[str] | str]:
+    """Return the values of ``--is-in`` or ``--is-not-in``.
+
+    Parameters
+    ----------
+    option : str
+        Which of them, for errors.
+    texts : sequence of str
+        ``COLUMN=VALUE`` each, or ``COLUMN=@FILE``.
+
+    Raises
+    ------
+    ConfigError
+        If one cannot be understood, or a column has a file and something else.
+
+    Examples
+    --------
+    >>> value_lists("--is-in", ["license=cc0", "license=cc-by", "key=@wanted.txt"])
+    {'license': ['cc0', 'cc-by'], 'key': 'wanted.txt'}
+    """
+    found: dict[str, list[str] | str] = {}
+    for text in texts:
+        column, equals, value = text.partition("=")
+        if not column or not equals or value == "@":
+            raise ConfigError(f"{option} {text} should be COLUMN=VALUE or COLUMN=@FILE, such as license=cc0")
+        before = found.get(column)
+        if isinstance(before, str) or (before is not None and value.startswith("@")):
+            raise ConfigError(f"{option} {column}=... takes one file, or values; give the values in the file too")
+        found[column] = value[1:] if value.startswith("@") else [*(before or []), value]
+    return found
+
+
+def column_options(
+    where: Sequence[str] | None, is_in: Sequence[str] | None, is_not_in: Sequence[str] | None
+) -> dict[str, Any]:
+    """Return the parameters of :class:`ColumnFilterStage` from the command line; of what is not given none."""
+    given = {
+        "ranges": ranges_of("--where", where or [], "COLUMN=MIN:MAX", "punsafe=:0.1"),
+        "is_in": value_lists("--is-in", is_in or []),
+        "is_not_in": value_lists("--is-not-in", is_not_in or []),
+    }
+    return {name: value for name, value in given.items() if value}
+
+
+def json_columns(texts: Sequence[str]) -> dict[str, str]:
+    """Return the columns of ``--json-column``.
+
+    Examples
+    --------
+    >>> json_columns(["pwatermark", "license:text"])
+    {'pwatermark': 'number', 'license': 'text'}
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        key, colon, kind = text.rpartition(":")
+        if not colon:
+            key, kind = text, "number"
+        if not key or kind not in JSON_KINDS:
+            raise ConfigError(
+                f"--json-column {text} should be KEY or KEY:KIND, such as license:text; KIND is one of "
+                f"{', '.join(JSON_KINDS)}"
+            )
+        if key in found:
+            raise ConfigError(f"--json-column {key} is given twice")
+        found[key] = kind
+    return found
 
 
 def zero_shot_options(labels: Sequence[str], ranges: Sequence[str]) -> dict[str, Any]:

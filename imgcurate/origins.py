@@ -188,6 +188,7 @@ class ShardOrigin(Origin):
             "files_per_partition": stage.files_per_partition,
             "sidecar_columns": stage.sidecar_columns,
             "text_columns": list(self.plan.reader.text_columns),
+            "json_columns": dict(self.plan.reader.json_columns),
         }
 
     @property
@@ -198,7 +199,7 @@ class ShardOrigin(Origin):
     def frame(self, numbers: Sequence[int], device: str) -> dd.DataFrame:
         """Return the index of some partitions."""
         return frame_of_groups(
-            [self.groups[n] for n in numbers], text_columns=self.plan.reader.text_columns, sidecars=self.sidecars,
+            [self.groups[n] for n in numbers], members=self.plan.reader.members, sidecars=self.sidecars,
             device=device, storage_options=self.options,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from imgcurate import schema
 from imgcurate.errors import ConfigError, InputError, nearest
 from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Stage, columns_added
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
+from imgcurate.stages.rules import AnyRule, holds_numbers
 from imgcurate.stages.writer import ImageWriterStage
 from imgcurate.storage import StorageError
 
@@ -30,11 +31,6 @@ _MAKERS: Final[Mapping[str, tuple[str, str]]] = {
         for c in (schema.CONTENT_HASH, schema.PIXEL_HASH, schema.PHASH)
     },
 }
-
-
-_NUMBERS: Final = (
-    pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean, pa.types.is_null,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,9 +182,7 @@ def _check_columns(
         for rule in stage.rules if isinstance(stage, ProcessingStage) else ():
             if rule.column not in types and rule.column not in beside:
                 raise ConfigError(_without_column(stage, rule.column, types, removed))
-            type_ = types.get(rule.column, beside.known.get(rule.column))
-            if type_ is not None and not any(is_(type_) for is_ in _NUMBERS):
-                raise ConfigError(f"stage {stage.name}: the column {rule.column!r} does not hold numbers, but {type_}")
+            _check_rule(stage, rule, types.get(rule.column, beside.known.get(rule.column)))
         before = f"{stage.name}: move the stage before it"
         if isinstance(stage, DatasetStage):
             gone = {IMAGE: before}
@@ -199,6 +193,13 @@ def _check_columns(
         removed |= gone
     types.pop(IMAGE, None)
     return types
+
+
+def _check_rule(stage: Stage, rule: AnyRule, type_: pa.DataType | None) -> None:
+    try:
+        rule.check_type(type_)
+    except ConfigError as exc:
+        raise ConfigError(f"stage {stage.name}: {exc}") from exc
 
 
 def _sizes_in(stage: Stage) -> str | None:
@@ -242,7 +243,7 @@ def check_numbers(stage: Stage, types: Mapping[str, pa.DataType]) -> None:
     """
     for column in stage.numbers if isinstance(stage, DatasetStage) else ():
         type_ = types[column]
-        if not any(is_(type_) for is_ in _NUMBERS):
+        if not holds_numbers(type_):
             raise ConfigError(f"{stage.name}: keep_by: the column {column!r} does not hold numbers, but {type_}")
     for column in stage.texts if isinstance(stage, ProcessingStage) else ():
         type_ = types[column]

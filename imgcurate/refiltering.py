@@ -8,7 +8,10 @@ ever, and the kept samples are copied from the same inputs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +38,13 @@ from imgcurate.results import Result
 from imgcurate.runner import Run
 from imgcurate.shards import Shard
 from imgcurate.sidecars import Sidecars
-from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Rule, Stage, columns_added, stage_config
+from imgcurate.stages.base import IMAGE, DatasetStage, ProcessingStage, Stage, columns_added, stage_config
+from imgcurate.stages.columns import LISTS_SHA256, ColumnFilterStage
 from imgcurate.stages.embedding import ImageEmbeddingStage
 from imgcurate.stages.quality import ImageQualityFilterStage
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.registry import find_stage, make_stage
+from imgcurate.stages.rules import AnyRule, ValueRule, rule_of
 from imgcurate.stages.writer import ImageWriterStage
 from imgcurate.storage import StorageOptions, check_output, exists, is_local, local_path
 
@@ -47,7 +52,7 @@ __all__ = ["refilter", "stages_of"]
 
 Changes = Mapping[str, Mapping[str, Any] | None]
 _READS: Final = (FilePartitioningStage.__name__, ImageReaderStage.__name__)
-_THRESHOLDS: Final = frozenset({"score_threshold", "ranges"})
+_THRESHOLDS: Final = frozenset({"score_threshold", "ranges", "is_in", "is_not_in"})
 _OF_MODEL: Final = ("model", "pretrained", "model_dir")
 # What a sample is before any stage looks at it.
 _NOT_DECIDED: Final = schema.UNREADABLE | {schema.STATUS_OK, schema.STATUS_TOO_SMALL, schema.STATUS_DUPLICATE}
@@ -144,7 +149,7 @@ class _Rules(ProcessingStage):
 
     name: ClassVar[str] = "rules"
 
-    def __init__(self, name: str, rules: Sequence[Rule]) -> None:
+    def __init__(self, name: str, rules: Sequence[AnyRule]) -> None:
         self.name = name  # type: ignore[misc]
         self.rules = tuple(rules)
 
@@ -180,7 +185,7 @@ class _Recorded:
             return _Recorded(name, config, None)
         if "." in name and "rules" in config:
             # A per-batch stage of one's own: its rules are there, its code is not needed.
-            return _Recorded(name, config, _Rules(name, [Rule(**rule) for rule in config["rules"]]))
+            return _Recorded(name, config, _Rules(name, [rule_of(rule) for rule in config["rules"]]))
         return _Recorded(name, config, make_stage(f"stages[{number}] of the run:", name, {}, others=config))
 
     def changed(self, params: Mapping[str, Any], encoder: str | None) -> _Recorded:
@@ -199,7 +204,15 @@ class _Recorded:
             stage.check(encoder)
         # No model is looked for where none computes: its checksum is that of the run.
         identity = stage.fingerprint() if computes or isinstance(stage, DatasetStage) else {}
-        return _Recorded(self.name, {**self.config, **stage_config(stage), **identity}, stage, computes)
+        return _Recorded(self.name, {**self.config, **stage_config(stage), **identity}, stage, computes).as_now()
+
+    def as_now(self) -> _Recorded:
+        """Return the stage with the lists that it decides by as they are now."""
+        if not isinstance(self.stage, ColumnFilterStage):
+            return self
+        self.stage.check(None)
+        config = {k: v for k, v in self.config.items() if k != LISTS_SHA256}
+        return dataclasses.replace(self, config={**config, **self.stage.fingerprint()})
 
 
 def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[_Recorded]:
@@ -212,7 +225,7 @@ def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[
     for stage in recorded:
         params = changes.get(stage.name, {})
         if params is not None:
-            out.append(stage.changed(params, encoder) if params else stage)
+            out.append(stage.changed(params, encoder) if params else stage.as_now())
     for name, params in changes.items():
         if name in names or params is None:
             continue
@@ -269,7 +282,7 @@ def _computed(recorded: Sequence[_Recorded], decided: Sequence[_Recorded]) -> se
     return {column for stage in stages if stage is not None for column in columns_added(stage)}
 
 
-def _rules_of(stages: Sequence[_Recorded]) -> list[Rule]:
+def _rules_of(stages: Sequence[_Recorded]) -> list[AnyRule]:
     """Return the rules on columns that a run has, in their order; not those on columns that are computed anew."""
     known = [r.stage for r in stages if isinstance(r.stage, ProcessingStage) and not r.computes]
     return [rule for stage in known for rule in stage.rules]
@@ -401,7 +414,7 @@ class _Undo:
 
     Attributes
     ----------
-    rules : tuple of Rule
+    rules : tuple of Rule or ValueRule
         Those of the run.
     batch_phases : frozenset of int
         The phases of per-batch stages.
@@ -409,7 +422,7 @@ class _Undo:
         Whether samples that the code of a stage dropped in the first phase may stay so: all rules are as they were.
     """
 
-    rules: tuple[Rule, ...]
+    rules: tuple[AnyRule, ...]
     batch_phases: frozenset[int]
     keeps: bool
 
@@ -447,11 +460,20 @@ class _Undo:
                 pc.equal(table[schema.STATUS], rule.status), pc.starts_with(table[schema.REASON], f"{rule.column} ")
             ).to_numpy(zero_copy_only=False)
             if here.any():
-                values = table[rule.column].filter(pa.array(here)).cast(pa.float64(), safe=False)
-                found = np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float64)
-                here[here] = ~np.asarray(rule.keeps(found), dtype=bool)
+                here[here] = _left_by(rule, table.filter(pa.array(here)))
                 ruled |= here
         return ruled
+
+
+def _left_by(rule: AnyRule, rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """Return which of some rows, with the status of a rule and reasons that begin as its reasons do, left by it."""
+    values = rows[rule.column]
+    if isinstance(rule, ValueRule):
+        # The reason tells the value: the list need not be there any more.
+        words = (rule.reason(math.nan if value is None else value) for value in values.to_pylist())
+        return np.fromiter(map(operator.eq, words, rows[schema.REASON].to_pylist()), bool, len(rows))
+    found = np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dtype=np.float64)
+    return ~np.asarray(rule.keeps(found), dtype=bool)
 
 
 def _read_part(number: int, catalog: Catalog, names: Sequence[str], undo: _Undo, device: str) -> Any:

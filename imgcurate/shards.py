@@ -27,6 +27,7 @@ from imgcurate.archives import open_archive
 from imgcurate.errors import InputError, printable
 from imgcurate.extensions import IMAGE_EXTENSIONS, REFUSED_EXTENSIONS
 from imgcurate.folders import file_url, files_members
+from imgcurate.members import NO_MEMBERS, MemberColumns
 from imgcurate.samples import Samples, group_members, mark_damage
 from imgcurate.storage import Source, file_size, is_local, read_bytes, read_ranges
 from imgcurate.streams import DamagedStreamError, ForwardSource
@@ -125,7 +126,7 @@ def index_shard(
     shard_number: int,
     *,
     storage_options: Mapping[str, Any] | None = None,
-    texts: Sequence[str] = (),
+    columns: MemberColumns = NO_MEMBERS,
 ) -> ShardIndex:
     """Index one shard.
 
@@ -137,8 +138,8 @@ def index_shard(
         Its number in the sorted list of inputs; goes into the uids.
     storage_options : mapping, optional
         Passed to fsspec.
-    texts : sequence of str
-        Extensions of members to read as string columns; invalid UTF-8 is replaced, null where absent.
+    columns : MemberColumns
+        Columns to make of members; invalid UTF-8 is replaced, null where absent.
 
     Raises
     ------
@@ -157,13 +158,12 @@ def index_shard(
         members, problems = contents.scan.members, contents.scan.problems
         samples = group_members(members, problems, contents.rows)
         mark_damage(samples, contents.scan.damage, problems)
-        columns = _columns(samples, shard, shard_number, contents)
-        columns |= _texts(contents, samples, texts)
-        _mark_unreadable(columns, samples, contents.unreadable)
+        index = _columns(samples, shard, shard_number, contents)
+        index |= columns.arrays(_texts(contents, samples, columns.extensions))
+        _mark_unreadable(index, samples, contents.unreadable)
         nbytes = contents.nbytes
-    names = schema.arrow_schema(columns, dict.fromkeys(texts, pa.string()))
     problems.sort()
-    return ShardIndex(pa.table(columns, schema=names), problems, nbytes)
+    return ShardIndex(pa.table(index, schema=schema.arrow_schema(index, columns.types)), problems, nbytes)
 
 
 @contextlib.contextmanager
@@ -328,7 +328,8 @@ def _shown(text: str) -> str:
     return shown_name(text.encode("utf-8", "surrogateescape"))
 
 
-def _texts(contents: _Contents, samples: Samples, texts: Sequence[str]) -> dict[str, pa.Array]:
+def _texts(contents: _Contents, samples: Samples, texts: Sequence[str]) -> dict[str, list[str | None]]:
+    """Return of each extension the texts of the samples' members; None where there is none."""
     members, problems = contents.scan.members, contents.scan.problems
     columns: dict[str, list[str | None]] = {ext: [None] * len(samples.keys) for ext in texts}
     column_of = [columns.get(ext, []) for ext in samples.exts]
@@ -342,4 +343,4 @@ def _texts(contents: _Contents, samples: Samples, texts: Sequence[str]) -> dict[
     blobs = contents.read(samples.member[wanted])
     for ext, row, data in zip(samples.ext[wanted].tolist(), samples.sample[wanted].tolist(), blobs, strict=True):
         column_of[ext][row] = data.decode("utf-8", "replace")
-    return {ext: pa.array(column, pa.string()) for ext, column in columns.items()}
+    return columns

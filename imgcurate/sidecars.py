@@ -29,6 +29,7 @@ from imgcurate import schema
 from imgcurate.errors import ConfigError, InputError
 from imgcurate.extensions import TAR_ENDINGS
 from imgcurate.folders import file_name, file_url
+from imgcurate.members import free_name
 from imgcurate.shards import Shard
 from imgcurate.storage import StorageError, StorageOptions, exists, modified, open_source, read_bytes
 from imgcurate.streams import SourceFile, read_table
@@ -149,9 +150,7 @@ def find_sidecars(
     used = {*schema.COLUMNS, *taken, "source_key"}
     out = []
     for name in names:
-        shown = name
-        while shown in used:
-            shown = f"source_{shown}"
+        shown = free_name(name, used)
         used.add(shown)
         out.append((name, shown, _frame_type(merged.field(name).type)))
     return Sidecars(tuple(out), columns != "auto")

@@ -24,6 +24,7 @@ SCHEMA_FILE: Final = "pipeline.schema.json"
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 # "name : type", or several names alone.
 _FIELD: Final = re.compile(r"^(\w+(?:, \w+)*)(?: : .+)?$")
+_KEY: Final = re.compile(r"\w+:( |$)")
 _WIDTH: Final = 100
 # What the commented file switches on; all other stages and parameters stand in it as comments.
 _USED: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -224,7 +225,11 @@ def _described(kind: type) -> dict[str, str]:
 def _comment(text: str, indent: str) -> list[str]:
     words = _TUPLE.sub(r"[\1]", text)
     words = re.sub(r"\b(?:None|True|False)\b", lambda word: _WORDS[word[0]], words)
-    return [f"{indent}# {line}" for line in textwrap.wrap(words, _WIDTH - len(indent))]
+    # A line that began with a word and a colon would look like a parameter.
+    widths = range(_WIDTH - len(indent), _WIDTH // 2, -1)
+    wrapped = (textwrap.wrap(words, width) for width in widths)
+    lines = next((found for found in wrapped if not any(map(_KEY.match, found))), textwrap.wrap(words, widths[0]))
+    return [f"{indent}# {line}" for line in lines]
 
 
 def _dump(content: Mapping[str, Any]) -> str:

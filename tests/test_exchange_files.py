@@ -30,6 +30,7 @@ from imgcurate.stages import (
     ImageWriterStage,
     SemanticDedupStage,
 )
+from imgcurate.storage import StorageError, exclusive
 
 ALL = ("kept", "removed", "npy", "clip-retrieval")
 
@@ -122,6 +123,13 @@ def test_no_key_is_a_formula(tmp_path: Path, client: Client, write_tar: Callable
     export_run(out, str(tmp_path / "T"), ["removed"])
     with (tmp_path / "T" / "removed.csv").open(newline="") as file:
         assert [row["key"] for row in csv.DictReader(file)] == ["'=1+1", "'+2", "'-3", "'@x", "plain=4"]
+
+
+def test_two_exports_do_not_write_to_one_folder(run: Result, tmp_path: Path) -> None:
+    (tmp_path / "T").mkdir()
+    with exclusive(str(tmp_path / "T")), pytest.raises(StorageError, match="is writing to"):
+        export_run(run.output_dir, str(tmp_path / "T"))
+    assert export_run(run.output_dir, str(tmp_path / "T"))["kept"] > 0
 
 
 def test_no_file_is_replaced(run: Result, tmp_path: Path) -> None:

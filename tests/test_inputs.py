@@ -35,7 +35,8 @@ from imgcurate.errors import ConfigError, InputError
 from imgcurate.folders import file_name, list_folder, quoted
 from imgcurate.inputs import check_unchanged, describe_shards, find_shards, state_of
 from imgcurate.inspection import inspect_shards
-from imgcurate.options import column_ranges
+from imgcurate.members import MemberColumns
+from imgcurate.options import column_options
 from imgcurate.shards import Shard, index_shard
 from imgcurate.sidecars import find_sidecars
 from imgcurate.stages import (
@@ -251,7 +252,7 @@ def test_a_table_is_the_tar_that_its_rows_make(photos, encode, tmp_path: Path) -
 def test_rows_of_one_key_stay_rows_of_their_own(photos, encode, tmp_path: Path) -> None:
     table = pa.table({"key": ["a", "a", "b", "a"], "jpg": [encode(p) for p in photos[:3]] + [None], "n": [1, 2, 3, 4]})
     pq.write_table(table, tmp_path / "t.parquet")
-    index = index_shard(str(tmp_path / "t.parquet"), 0, texts=("json",)).table
+    index = index_shard(str(tmp_path / "t.parquet"), 0, columns=MemberColumns(("json",))).table
     assert column(index, schema.KEY) == ["a", "a", "b", "a"]
     assert column(index, schema.STATUS) == ["ok", "ok", "ok", "no_image"]
     assert column(index, schema.REASON)[3] == "column 'jpg' has no bytes in this row; paths are not followed"
@@ -322,7 +323,7 @@ def test_columns_become_members(
 ) -> None:
     for path in (tmp_path / "t.parquet", tmp_path / "t.arrow"):
         write_table(pa.table(columns), path)
-        index = index_shard(find_shards(str(path))[0], 0, texts=("json",)).table
+        index = index_shard(find_shards(str(path))[0], 0, columns=MemberColumns(("json",))).table
         assert column(index, schema.MEMBERS) == [members]
         found = column(index, "json")[0]
         assert (None if found is None else json.loads(found, parse_constant=pytest.fail)) == json_
@@ -477,7 +478,10 @@ def test_whole_numbers_are_compared_as_such(img2dataset: Path, client: Client, t
     rows = result.catalog.compute()
     assert list(rows.status) == ["column", "ok", "ok", "column", "column"] * 2
     assert rows.reason.iloc[0] == f"big {large} < {large + 1}"
-    assert column_ranges([f"big={large + 1}:", "x=:0.5"]) == {"big": (large + 1, None), "x": (None, 0.5)}
+    assert column_options([f"big={large + 1}:", "x=:0.5"], None, None)["ranges"] == {
+        "big": (large + 1, None),
+        "x": (None, 0.5),
+    }
 
 
 def test_tables_tell_of_their_own_folder_and_the_nearer_one_counts(tmp_path: Path, photos, encode) -> None:
@@ -678,7 +682,7 @@ def test_cells_that_python_cannot_hold_spoil_nothing_else(photos, encode, tmp_pa
         "text": broken(b"c\xfe"), "far": far, "tz": pa.array([0, 1]).cast(pa.timestamp("s", "No/Where")),
     }  # fmt: skip
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    index = index_shard(str(tmp_path / "t.parquet"), 0, texts=("json",)).table
+    index = index_shard(str(tmp_path / "t.parquet"), 0, columns=MemberColumns(("json",))).table
     assert column(index, schema.KEY) == ["k\\xff", "ok"]
     assert column(index, schema.STATUS) == ["ok", "ok"]
     rows = [json.loads(j) for j in column(index, "json")]

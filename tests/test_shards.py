@@ -19,6 +19,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from imgcurate import schema
 from imgcurate.extensions import IMAGE_EXTENSIONS
+from imgcurate.members import MemberColumns
 from imgcurate.samples import split_key
 from imgcurate.shards import ShardIndex, index_shard
 from imgcurate.storage import atomic_write
@@ -279,7 +280,7 @@ def test_index_shard_groups_as_webdataset_does(tmp_path: Path) -> None:
             }
             writer.write({k: v for k, v in sample.items() if i % 4 or k != "seg.png"})
     expected = list(read_with_webdataset(path))
-    index = index_shard(str(path), 0, texts=["txt"])
+    index = index_shard(str(path), 0, columns=MemberColumns(("txt",)))
     assert column(index, schema.KEY) == [s["__key__"] for s in expected]
     assert column(index, schema.MEMBERS) == [[e for e in s if not e.startswith("__")] for s in expected]
     assert column(index, "txt") == [s["txt"].decode() for s in expected]
@@ -387,7 +388,7 @@ def test_index_shard_takes_any_damage(folder: Path, case: str, at: int, value: b
     data = path.read_bytes()
     at %= len(data)
     path.write_bytes(data[:at] + value + (b"" if cut else data[at + len(value) :]))
-    index = index_shard(str(path), 5, texts=["txt", "json"])
+    index = index_shard(str(path), 5, columns=MemberColumns(("txt", "json")))
     index.table.validate(full=True)
     assert column(index, schema.UID) == [(5 << 32) + i for i in range(len(index.table))]
     assert column(index, schema.STATUS).count("tar_error") == kinds(index).count("damaged") <= 1
@@ -409,7 +410,7 @@ def test_texts_missing_invalid_and_empty(tmp_path: Path) -> None:
     entries = [("a.jpg", b"1"), ("a.txt", "ü漢\n".encode()), ("b.jpg", b"2"), ("c.txt", b"caf\xe9"), ("c.jpg", b"3"),
                ("d.txt", b""), ("d.TXT", b"second"), ("a.json", b"{}"), ("e.jpg", b"\0")]  # fmt: skip
     path = write(tmp_path / "a.tar", entries)
-    index = index_shard(str(path), 0, texts=["txt", "json", "nothing"])
+    index = index_shard(str(path), 0, columns=MemberColumns(("txt", "json", "nothing")))
     assert column(index, schema.KEY) == ["a", "b", "c", "d", "d", "e"]
     assert column(index, "txt") == ["ü漢\n", None, "caf\ufffd", "", "second", None]
     assert column(index, "json") == ["{}", None, None, None, None, None]
@@ -427,7 +428,7 @@ def test_texts_that_are_too_long_are_reported(tmp_path: Path) -> None:
     info.size = size
     path.write_bytes(data[:start] + info.tobuf(tarfile.USTAR_FORMAT))
     os.truncate(path, start + BLOCK + size)
-    index = index_shard(str(path), 0, texts=["txt"])
+    index = index_shard(str(path), 0, columns=MemberColumns(("txt",)))
     assert column(index, "txt") == ["short", None]
     assert column(index, schema.STATUS) == ["ok", "ok"]
     assert [(p.offset, p.kind) for p in index.problems if p.kind != "no end mark"] == [(start, "text too long")]
@@ -439,7 +440,7 @@ def test_index_shard_of_a_remote_shard_is_that_of_a_local_one(case: str, tmp_pat
     url = "memory://shards-test/a.tar"
     with atomic_write(url) as out:
         out.write(path.read_bytes())
-    local, remote = (index_shard(u, 1, texts=["txt"]) for u in (str(path), url))
+    local, remote = (index_shard(u, 1, columns=MemberColumns(("txt",))) for u in (str(path), url))
     assert remote.table.drop([schema.SHARD]).equals(local.table.drop([schema.SHARD]))
     assert remote.problems == local.problems
     assert set(column(remote, schema.SHARD)) == {url}

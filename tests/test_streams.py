@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from imgcurate import schema
 from imgcurate.archives import Archives, open_archive
+from imgcurate.members import MemberColumns
 from imgcurate.shards import index_shard
 from imgcurate.storage import open_source
 from imgcurate.streams import UNKNOWN_SIZE, DamagedStreamError, ForwardSource, SourceFile, decompressed, is_compressed
@@ -66,7 +67,7 @@ def test_a_compressed_tar_has_the_index_and_the_bytes_of_the_plain_one(compress,
     # Two members or frames after one another are one stream; the name says nothing.
     path = tmp_path / "a.tar"
     path.write_bytes(compress(data[:700_000]) + compress(data[700_000:]))
-    ours, expected = (index_shard(str(p), 3, texts=("txt",)) for p in (path, plain))
+    ours, expected = (index_shard(str(p), 3, columns=MemberColumns(("txt",))) for p in (path, plain))
     assert ours.problems == expected.problems
     assert ours.nbytes == path.stat().st_size
     assert ours.table.drop_columns("shard").equals(expected.table.drop_columns("shard"))

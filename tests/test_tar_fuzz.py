@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from test_tar import END, FORMATS, Archive, header, member, pax, scan
 
 from imgcurate import schema
+from imgcurate.members import MemberColumns
 from imgcurate.shards import index_shard
 from imgcurate.tar import BLOCK, Member, _Scanner, padding
 
@@ -227,7 +228,7 @@ def test_a_damaged_archive_keeps_what_tarfile_reads_before_the_damage(data: byte
 def test_the_index_of_anything_is_sound(folder: Path, data: bytes) -> None:
     path = folder / "any.tar"
     path.write_bytes(data)
-    index = index_shard(str(path), 5, texts=["txt"])
+    index = index_shard(str(path), 5, columns=MemberColumns(("txt",)))
     table = index.table
     table.validate(full=True)
     rows = table.to_pylist()

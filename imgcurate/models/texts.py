@@ -7,9 +7,8 @@ which there is one for each image, are encoded where the images are.
 from __future__ import annotations
 
 import functools
-import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from imgcurate.backend import Backend
 from imgcurate.errors import ConfigError
 from imgcurate.lazy import torch
+from imgcurate.members import json_value
 from imgcurate.models import clip_weights
 from imgcurate.models.encoders import TINY_IMAGE, EncoderSpec, compute_dtype
 
@@ -167,20 +167,8 @@ def captions_of(values: Any, json_field: str | None = None) -> list[str | None]:
     """
     captions: list[str | None] = []
     for value in values:
-        text = _field(value, json_field) if json_field is not None and isinstance(value, str) else value
+        text = json_value(value, json_field) if json_field is not None and isinstance(value, str) else value
         if isinstance(text, list):
             text = next((each for each in text if isinstance(each, str)), None)
         captions.append(text if isinstance(text, str) and text.strip() else None)
     return captions
-
-
-def _field(value: str, path: str) -> Any:
-    try:
-        found: Any = json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(found, Mapping) and path in found:
-        return found[path]
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found

@@ -15,8 +15,8 @@ import pyarrow as pa
 from imgcurate import schema
 from imgcurate.catalog import Manifest
 from imgcurate.report.sample import CatalogSample, spread
-from imgcurate.stages.base import Rule
 from imgcurate.stages.registry import recorded_rules
+from imgcurate.stages.rules import AnyRule, Rule
 
 __all__ = [
     "ErrorKind",
@@ -142,12 +142,12 @@ def funnel(manifest: Manifest, sample: CatalogSample) -> list[Step]:
     counts.pop(schema.STATUS_OK, None)
     steps: list[tuple[str, int]] = [(words, counts.pop(s)) for s, words in _BEFORE_STAGES.items() if s in counts]
     for entry in manifest.config.get("stages", []):
-        rules: dict[str, list[Rule]] = {}
+        rules: dict[str, list[AnyRule]] = {}
         for rule in recorded_rules(entry):
             rules.setdefault(rule.status, []).append(rule)
         for status, those in rules.items():
             if status in counts:
-                limits = ", ".join(f"{r.column} {r.op} {r.threshold:g}" for r in those)
+                limits = ", ".join(rule.words for rule in those)
                 steps.append((f"{status}: not {limits}", counts.pop(status)))
         name = entry["stage"].rpartition(".")[2]
         if name in counts:
@@ -183,7 +183,8 @@ def scores(manifest: Manifest, sample: CatalogSample) -> list[Score]:
     rules: dict[str, list[Rule]] = {}
     for entry in manifest.config.get("stages", []):
         for rule in recorded_rules(entry):
-            rules.setdefault(rule.column, []).append(rule)
+            if isinstance(rule, Rule):
+                rules.setdefault(rule.column, []).append(rule)
     decoded = ~sample.has_status(*_BEFORE_STAGES)
     columns = [f.name for f in sample.table.schema if f.name not in _NO_SCORE and _is_number(f.type)]
     columns.sort(key=lambda c: (c not in rules, c not in schema.COLUMNS))

@@ -1,7 +1,7 @@
 """The stages of a pipeline, and the functions on frames that go with them."""
 
 from imgcurate.stages.aesthetic import ImageAestheticFilterStage, score_aesthetic
-from imgcurate.stages.base import DatasetStage, ProcessingStage, Rule, Stage, Worker
+from imgcurate.stages.base import DatasetStage, ProcessingStage, Stage, Worker
 from imgcurate.stages.caption import ImageCaptionFilterStage, score_captions
 from imgcurate.stages.columns import ColumnFilterStage
 from imgcurate.stages.deduplication import SemanticDedupStage, semantic_dedup
@@ -10,6 +10,7 @@ from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage, e
 from imgcurate.stages.nsfw import ImageNSFWFilterStage, score_nsfw
 from imgcurate.stages.quality import ImageQualityFilterStage, score_quality
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
+from imgcurate.stages.rules import Rule, ValueRule
 from imgcurate.stages.writer import ImageWriterStage, write_webdataset
 from imgcurate.stages.zero_shot import ImageZeroShotFilterStage, score_zero_shot
 
@@ -31,6 +32,7 @@ __all__ = [
     "Rule",
     "SemanticDedupStage",
     "Stage",
+    "ValueRule",
     "Worker",
     "embed",
     "exact_dedup",

@@ -14,8 +14,9 @@ from imgcurate.batches import ImageBatch
 from imgcurate.models.head_files import check_aesthetic_encoder, load_aesthetic_head
 from imgcurate.models.heads import AestheticHead
 from imgcurate.models.weights import absolute_path
-from imgcurate.stages.base import ProcessingStage, Rule
+from imgcurate.stages.base import ProcessingStage
 from imgcurate.stages.executor import apply_stages
+from imgcurate.stages.rules import Rule
 from imgcurate.stages.scoring import check_threshold, encoders_of
 
 __all__ = ["ImageAestheticFilterStage", "score_aesthetic"]

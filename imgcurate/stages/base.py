@@ -12,9 +12,8 @@ import decimal
 import enum
 import hashlib
 import numbers
-import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Final
 
@@ -26,12 +25,12 @@ import pyarrow as pa
 from imgcurate.backend import Backend
 from imgcurate.batches import ImageBatch, PixelView
 from imgcurate.errors import ConfigError
+from imgcurate.stages.rules import AnyRule
 
 __all__ = [
     "IMAGE",
     "DatasetStage",
     "ProcessingStage",
-    "Rule",
     "Stage",
     "Worker",
     "check_count",
@@ -42,59 +41,6 @@ __all__ = [
 
 IMAGE: Final = "image"
 """The pseudo-column that stands for pixels in ``needs``; it never leaves a task."""
-
-_OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
-    ">=": operator.ge, ">": operator.gt, "<": operator.lt, "<=": operator.le,
-}  # fmt: skip
-_OPPOSITE: Final = {">=": "<", ">": "<=", "<": ">=", "<=": ">"}
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A threshold on a score column: keep the rows that satisfy it.
-
-    Attributes
-    ----------
-    column : str
-        The column that decides.
-    op : {">=", ">", "<", "<="}
-        Keep where ``column op threshold``; NaN and null are never kept.
-    threshold : float
-        The number compared with.
-    status : str
-        Status of the rows that are dropped.
-    """
-
-    column: str
-    op: str
-    threshold: float
-    status: str
-
-    def __post_init__(self) -> None:
-        if self.op not in _OPERATORS:
-            raise ConfigError(f"rule on {self.column}: op={self.op!r} is none of {', '.join(_OPERATORS)}")
-        number = isinstance(self.threshold, numbers.Real) and not isinstance(self.threshold, bool)
-        if not number or self.threshold != self.threshold:
-            raise ConfigError(f"rule on {self.column}: threshold={self.threshold!r} should be a number")
-
-    def keeps(self, values: Any) -> Any:
-        """Return the mask of the values that are kept."""
-        return _OPERATORS[self.op](values, self.threshold)
-
-    def reason(self, value: float) -> str:
-        """Say why `value` was dropped: ``aesthetic_score 0.41 < 0.50``; whole numbers as such: ``width 96 < 256``.
-
-        NaN stands for what is missing too: Parquet files do not tell them apart.
-        """
-        if value != value:
-            return f"{self.column} is missing or not a number"
-        if isinstance(value, int) and (isinstance(self.threshold, int) or float(self.threshold).is_integer()):
-            return f"{self.column} {int(value)} {_OPPOSITE[self.op]} {int(self.threshold)}"
-        for digits in range(2, 9):
-            got, limit = f"{value:.{digits}f}", f"{self.threshold:.{digits}f}"
-            if got != limit and float(limit) == round(self.threshold, 9):
-                break
-        return f"{self.column} {got} {_OPPOSITE[self.op]} {limit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +119,8 @@ class ProcessingStage(Stage):
     facts : tuple of str
         What the decoder should tell of each image besides, of :data:`imgcurate.facts.FACTS`: columns of
         ``batch.rows`` with these names, which are the stage's if it declares them in ``adds``.
-    rules : tuple of Rule
-        Thresholds on columns.
+    rules : tuple of Rule or ValueRule
+        Thresholds on columns, and values of columns.
     encoder : str or None
         For a stage that adds ``embedding``: a name for the model, so that heads can check it.
     nullable : tuple of str
@@ -199,7 +145,7 @@ class ProcessingStage(Stage):
 
     views: tuple[PixelView, ...] = ()
     facts: tuple[str, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[AnyRule, ...] = ()
     encoder: str | None = None
     nullable: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()

@@ -19,8 +19,9 @@ from imgcurate.lazy import torch
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.texts import TextEncoder, captions_of, check_knows_text, load_text_encoder
 from imgcurate.models.weights import absolute_path
-from imgcurate.stages.base import Rule, Worker
+from imgcurate.stages.base import Worker
 from imgcurate.stages.executor import apply_stages
+from imgcurate.stages.rules import Rule
 from imgcurate.stages.scoring import TextStage, absolute_weights, encoders_of
 
 __all__ = ["ImageCaptionFilterStage", "score_captions"]

@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import cloudpickle
 import dask.dataframe as dd
@@ -33,10 +33,14 @@ from imgcurate.memory import keep_freed_memory
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
 from imgcurate.stages.fitting import BatchLimit, process_batch
 from imgcurate.stages.reading import ImageReaderStage, read_pixels
+from imgcurate.stages.rules import AnyRule
 
 __all__ = ["Program", "apply_stages", "frame_types", "make_program"]
 
 _BATCH_ROWS = 4096
+_COMPARED: Final = (
+    pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,8 +217,8 @@ class _Results:
                 if at == k:
                     self._drop(positions, _host(mask).astype(bool), reason, status)
             for rule in stage.rules:
-                valid, values = self._compared(stage, rule.column)
-                left = ~valid
+                valid, values = self._compared(stage, rule)
+                left = np.full(len(valid), not rule.keeps_missing)
                 left[valid] = ~np.asarray(rule.keeps(values), dtype=bool)
                 # What left before needs no second reason.
                 index = np.flatnonzero(left & (self._status == schema.STATUS_OK))
@@ -248,15 +252,20 @@ class _Results:
                 self._gathered[name] = valid, np.concatenate(values) if values else np.empty(0)
         return self._gathered[name]
 
-    def _compared(self, stage: ProcessingStage, name: str) -> tuple[npt.NDArray[np.bool_], Any]:
+    def _compared(self, stage: ProcessingStage, rule: AnyRule) -> tuple[npt.NDArray[np.bool_], Any]:
         """Return the values of a column as the catalog holds them, by which a rule can be applied again."""
+        name = rule.column
         valid, values = self._values(name)
         type_ = self._types.get(name)
-        if type_ is not None and len(values) and (pa.types.is_floating(type_) or pa.types.is_integer(type_)):
+        if type_ is not None and len(values) and any(is_(type_) for is_ in _COMPARED):
             column = self._column(name, type_)
-            valid, values = pc.is_valid(column).to_numpy(zero_copy_only=False), column.drop_null().to_numpy()
-        if values.dtype.kind not in "biuf":
-            raise ConfigError(f"stage {stage.name} has a rule on the column {name!r}, which does not hold numbers")
+            valid = pc.is_valid(column).to_numpy(zero_copy_only=False)
+            values = column.drop_null().to_numpy(zero_copy_only=False)
+        try:
+            # A type that is not declared is that of what was read: known to the plan, not to functions on frames.
+            rule.check_type(type_ if type_ is not None else self._table.schema.field(name).type)
+        except ConfigError as exc:
+            raise ConfigError(f"stage {stage.name}: {exc}") from exc
         return valid, values
 
     def table(self, out: pa.Schema) -> pa.Table:

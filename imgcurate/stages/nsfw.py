@@ -15,8 +15,9 @@ from imgcurate.lazy import torch
 from imgcurate.models.head_files import check_nsfw_encoder, load_nsfw_head
 from imgcurate.models.heads import NsfwHead
 from imgcurate.models.weights import absolute_path
-from imgcurate.stages.base import ProcessingStage, Rule
+from imgcurate.stages.base import ProcessingStage
 from imgcurate.stages.executor import apply_stages
+from imgcurate.stages.rules import Rule
 from imgcurate.stages.scoring import check_threshold, encoders_of
 
 __all__ = ["ImageNSFWFilterStage", "score_nsfw"]

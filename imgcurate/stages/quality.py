@@ -17,9 +17,10 @@ from imgcurate.batches import ImageBatch, PixelView
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.facts import FACTS
 from imgcurate.lazy import torch
-from imgcurate.stages.base import IMAGE, ProcessingStage, Rule
+from imgcurate.stages.base import IMAGE, ProcessingStage
 from imgcurate.stages.executor import apply_stages
 from imgcurate.stages.reading import ImageReaderStage
+from imgcurate.stages.rules import Rule
 from imgcurate.stages.scoring import Range, check_pair, rules_of
 
 __all__ = ["ImageQualityFilterStage", "score_quality"]

@@ -25,6 +25,7 @@ from imgcurate.errors import ConfigError
 from imgcurate.folders import file_url
 from imgcurate.inputs import find_shards
 from imgcurate.isolation import IsolatedDecoder
+from imgcurate.members import MemberColumns
 from imgcurate.shards import Shard
 from imgcurate.sidecars import SidecarColumns, Sidecars, find_sidecars
 from imgcurate.stages.base import IMAGE, Stage, check_count
@@ -99,6 +100,11 @@ class ImageReaderStage(Stage):
         Image members with more bytes are refused before they are read.
     text_columns : sequence of str
         Members to have as columns, by extension: ``("txt", "json")`` gives captions and metadata.
+    json_columns : mapping of str to str, optional
+        Keys of the objects in members ``.json`` to have as columns, and what they hold: ``{"pwatermark": "number",
+        "meta.license": "text"}``; dots lead into objects within. ``number`` and ``integer`` take text that is one too,
+        ``text`` takes all, as JSON, ``boolean`` true and false; other values are null. A key that is a column of
+        imgcurate itself, such as ``width``, comes as ``source_width``.
     num_gpus_per_worker : float
         Share of a GPU that one task takes: 0.5 runs two tasks at once on each GPU, so that one computes while the
         other begins or ends. More than two share it with no gain.
@@ -122,6 +128,7 @@ class ImageReaderStage(Stage):
     min_size: int = 1
     max_image_bytes: int = 256 * 1024**2
     text_columns: Sequence[str] = ()
+    json_columns: Mapping[str, str] = field(default_factory=dict)
     num_gpus_per_worker: float = 0.5
     jpeg_scaling: bool = True
 
@@ -141,19 +148,18 @@ class ImageReaderStage(Stage):
         share = self.num_gpus_per_worker
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(f"num_gpus_per_worker={share!r} should be a number in (0, 1]")
-        if isinstance(self.text_columns, str) or not isinstance(self.text_columns, Sequence):
-            raise ConfigError(f"text_columns={self.text_columns!r} should be a sequence, such as ('txt',)")
-        if not all(isinstance(c, str) and c and c == c.lower() for c in self.text_columns):
-            raise ConfigError(f"text_columns={list(self.text_columns)!r} should be extensions, such as 'txt'")
-        clash = set(self.text_columns) & {IMAGE, *schema.COLUMNS}
-        if clash:
-            raise ConfigError(f"text_columns: {', '.join(sorted(clash))} would hide a column of imgcurate")
+        _ = self.members
+
+    @property
+    def members(self) -> MemberColumns:
+        """The columns that are made of members."""
+        return MemberColumns.of(self.text_columns, self.json_columns)
 
     @property
     def adds(self) -> Mapping[str, str | pa.DataType]:  # type: ignore[override]
-        """The index columns, the text columns, and pixels."""
+        """The index columns, those of members, and pixels."""
         index = {name: schema.arrow_type(name) for name in schema.INDEX_COLUMNS}
-        return {**index, **dict.fromkeys(self.text_columns, pa.string()), IMAGE: pa.null()}
+        return {**index, **self.members.types, IMAGE: pa.null()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import yaml
 
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.stages.aesthetic import ImageAestheticFilterStage
-from imgcurate.stages.base import Rule, Stage, stage_config
+from imgcurate.stages.base import Stage, stage_config
 from imgcurate.stages.caption import ImageCaptionFilterStage
 from imgcurate.stages.columns import ColumnFilterStage
 from imgcurate.stages.deduplication import SemanticDedupStage
@@ -20,6 +20,7 @@ from imgcurate.stages.hash_dedup import ExactDedupStage, PerceptualDedupStage
 from imgcurate.stages.nsfw import ImageNSFWFilterStage
 from imgcurate.stages.quality import ImageQualityFilterStage
 from imgcurate.stages.reading import ImageReaderStage
+from imgcurate.stages.rules import AnyRule, rule_of
 from imgcurate.stages.writer import ImageWriterStage
 from imgcurate.stages.zero_shot import ImageZeroShotFilterStage
 
@@ -137,11 +138,11 @@ def pipeline_yaml(source: Mapping[str, Any], stages: Sequence[Stage]) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=_WIDTH)
 
 
-def recorded_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+def recorded_rules(config: Mapping[str, Any]) -> tuple[AnyRule, ...]:
     """Return the rules of a stage as a manifest tells it; its code is not needed, nor its model."""
     name = config["stage"]
     if "rules" in config:
-        return tuple(Rule(**rule) for rule in config["rules"])
+        return tuple(map(rule_of, config["rules"]))
     if name not in STAGES or name == ImageReaderStage.__name__:
         return ()
     return tuple(getattr(make_stage("the run's", name, {}, others=config), "rules", ()))

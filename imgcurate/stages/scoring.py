@@ -16,7 +16,8 @@ from imgcurate.errors import ConfigError, EncoderMismatchError
 from imgcurate.models import clip_weights
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.weights import absolute_path
-from imgcurate.stages.base import ProcessingStage, Rule
+from imgcurate.stages.base import ProcessingStage
+from imgcurate.stages.rules import Rule
 
 __all__ = [
     "Range",

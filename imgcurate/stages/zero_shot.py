@@ -17,8 +17,9 @@ from imgcurate.lazy import torch
 from imgcurate.models.encoders import EncoderSpec
 from imgcurate.models.texts import check_knows_text, prompt_embeddings
 from imgcurate.models.weights import absolute_path
-from imgcurate.stages.base import Rule, Worker
+from imgcurate.stages.base import Worker
 from imgcurate.stages.executor import apply_stages
+from imgcurate.stages.rules import Rule
 from imgcurate.stages.scoring import Range, TextStage, absolute_weights, check_pair, encoders_of, rules_of
 
 __all__ = ["ImageZeroShotFilterStage", "score_zero_shot"]

@@ -22,6 +22,7 @@ from imgcurate.errors import CatalogError, ImgcurateError, InputError, printable
 from imgcurate.export import OutputShard, ShardContent, kept_counts, shard_name
 from imgcurate.frame import read_group
 from imgcurate.inputs import describe_shards
+from imgcurate.members import MemberColumns
 from imgcurate.shards import Shard
 from imgcurate.sidecars import Sidecars
 from imgcurate.storage import StorageError, StorageOptions, exists, join_url, open_source
@@ -105,14 +106,14 @@ class Reading:
     ----------
     options : mapping, optional
         fsspec options of the inputs.
-    texts : tuple of str
-        Members that are columns, by extension.
+    members : MemberColumns
+        Columns that come from members of the samples.
     sidecars : Sidecars
         Columns that come from tables beside the tars.
     """
 
     options: StorageOptions | None
-    texts: tuple[str, ...]
+    members: MemberColumns
     sidecars: Sidecars
 
 
@@ -170,7 +171,7 @@ def check_part(part: Part, *, catalog: Catalog, reading: Reading | None) -> dict
         raise CatalogError(f"has no column {missing[0]}")
     taken = [c for c in columns if c != schema.EMBEDDING]
     if reading is not None:
-        taken = [c for c in taken if c in schema.COLUMNS or c in (*reading.texts, *reading.sidecars.types)]
+        taken = [c for c in taken if c in schema.COLUMNS or c in (*reading.members.types, *reading.sidecars.types)]
     else:
         taken = [c for c in taken if c in schema.COLUMNS]
     table = catalog.read(part.number, taken).combine_chunks()
@@ -257,7 +258,7 @@ def _check_input(part: Part, at: int, rows: pa.Table, reading: Reading, faults: 
         what = [f"{k} was {described.get(k)!r}, is {now.get(k)!r}" for k in now if now[k] != described.get(k)]
         faults.add("input", url, f"changed since the run: {'; '.join(what)}")
     try:
-        index = read_group(((number, shard),), reading.texts, reading.options, reading.sidecars)
+        index = read_group(((number, shard),), reading.members, reading.options, reading.sidecars)
     except ImgcurateError as exc:
         faults.add("input", url, f"cannot be read: {exc}")
         return False
@@ -274,7 +275,7 @@ def _compare(rows: pa.Table, index: pa.Table, url: str, reading: Reading, faults
         faults.add("source", url, f"the row {_shown(rows[schema.KEY][i].as_py())} (uid {ours[i]}) has no sample")
     common, at, of = np.intersect1d(ours, theirs, return_indices=True)
     rows, index = rows.take(pa.array(at)), index.take(pa.array(of))
-    extra = [c for c in (*reading.texts, *reading.sidecars.types) if c in rows.column_names]
+    extra = [c for c in (*reading.members.types, *reading.sidecars.types) if c in rows.column_names]
     for name in (*_FROM_INDEX, *extra):
         for i in _differing(rows[name], index[name]).tolist():
             was, now = rows[name][i].as_py(), index[name][i].as_py()

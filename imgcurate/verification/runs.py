@@ -31,6 +31,7 @@ from imgcurate.errors import CatalogError, ConfigError, ImgcurateError, printabl
 from imgcurate.execution import Progress, call_frame, run_waves
 from imgcurate.export import OutputShard, plan_shards, shard_name
 from imgcurate.inputs import describe_shards, find_shards
+from imgcurate.members import MemberColumns
 from imgcurate.shards import Shard
 from imgcurate.sidecars import Sidecars
 from imgcurate.storage import StorageOptions, exists, is_local, join_url, list_files, local_path
@@ -332,9 +333,10 @@ class _Checks:
 
     def _reading(self) -> Reading:
         stages = self.manifest.config["stages"]
-        texts = next((s.get("text_columns", ()) for s in stages if s["stage"] == "ImageReaderStage"), ())
+        reader: dict[str, Any] = next((s for s in stages if s["stage"] == "ImageReaderStage"), {})
+        members = MemberColumns.of(reader.get("text_columns", ()), reader.get("json_columns"))
         columns = [(source, name, pa.type_for_alias(t)) for source, name, t in self.manifest.config["sidecars"]]
-        return Reading(self.options, tuple(texts), Sidecars(tuple(columns), strict=False))
+        return Reading(self.options, members, Sidecars(tuple(columns), strict=False))
 
     def _outputs(self, parts: list[dict[str, Any]], digests: dict[str, FileDigest | None]) -> None:
         writer = next((s for s in self.manifest.config["stages"] if s["stage"] == "ImageWriterStage"), None)
