@@ -47,6 +47,7 @@ from imgcurate.stages.base import DatasetStage, Stage, columns_added
 from imgcurate.stages.executor import Program, apply_stages, make_program
 from imgcurate.storage import (
     atomic_write,
+    check_shared,
     clear_away,
     exclusive,
     exists,
@@ -153,6 +154,7 @@ class Run:
                 self.device = get_backend(device).name
                 if (finished := self._finished(overwrite=overwrite, resume=resume)) is not None:
                     return finished
+                check_shared(self.folder)
                 tasks_per_gpu = max(1, round(1 / self.plan.reader.num_gpus_per_worker))
                 local = open_client(device=self.device, n_workers=n_workers, tasks_per_gpu=tasks_per_gpu)
                 self.client = stack.enter_context(local)

@@ -46,6 +46,7 @@ from imgcurate.storage import (
     StorageOptions,
     atomic_write,
     check_output,
+    check_shared,
     clear_away,
     exclusive,
     is_local,
@@ -177,6 +178,7 @@ def dedup_embeddings(
             run.device = get_backend(device).name
             if (finished := run.finished(overwrite=overwrite)) is not None:
                 return finished
+            check_shared(folder)
             client = stack.enter_context(open_client(device=run.device, n_workers=n_workers))
         else:
             client = client or stack.enter_context(open_client(scheduler=scheduler, security=security))

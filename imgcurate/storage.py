@@ -31,6 +31,7 @@ __all__ = [
     "StorageOptions",
     "atomic_write",
     "check_output",
+    "check_shared",
     "clear_away",
     "exclusive",
     "exists",
@@ -258,6 +259,21 @@ def check_output(url: str) -> None:
     """
     if protocol_of(url) in ("http", "https"):
         raise ConfigError(f"{shown_url(url)}: HTTP servers are read from, not written to: name another output folder")
+
+
+def check_shared(url: str) -> None:
+    """Refuse an output folder that worker processes cannot write to.
+
+    Raises
+    ------
+    ConfigError
+        If it is in the memory of this process.
+    """
+    if protocol_of(url) == "memory":
+        raise ConfigError(
+            f"{url} is in the memory of this process, and what worker processes write there is lost with them: name "
+            "another output folder"
+        )
 
 
 def make_folder(url: str, storage_options: StorageOptions | None = None) -> None:

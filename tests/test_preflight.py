@@ -228,3 +228,9 @@ def test_many_workers_with_one_fault_are_one_line() -> None:
     told = faults.told({"tcp://10.0.0.0:1": "node"})
     assert told.startswith("no answer: 10 workers: tcp://10.0.0.0:1 (host node), ")
     assert told.endswith(" and 6 more")
+
+
+def test_memory_of_this_process_is_no_output_of_workers(shards: Path) -> None:
+    pipeline = Pipeline([FilePartitioningStage(str(shards)), ImageReaderStage(), ImageWriterStage()])
+    with pytest.raises(ConfigError, match="memory of this process, and what worker processes write there is lost"):
+        pipeline.run("memory://lost")

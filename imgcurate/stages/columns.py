@@ -55,7 +55,8 @@ class ColumnFilterStage(ProcessingStage):
 
     Notes
     -----
-    A list is read once per worker process, and takes 16 bytes there for each of its values, whatever their length.
+    A list is read once per worker process, and takes 16 bytes there for each of its values, whatever their length; some
+    100 while it is read.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
