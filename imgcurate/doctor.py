@@ -220,12 +220,14 @@ def _extras() -> Iterator[Finding]:
 
 def _weights(model_dir: str | None) -> Iterator[Finding]:
     from imgcurate.models.clip_weights import present
-    from imgcurate.models.weights import AESTHETIC_V2, NSFW_L14, find_weights, resolve_model_dir
+    from imgcurate.models.head_files import find_head
+    from imgcurate.models.heads import L14
+    from imgcurate.models.weights import resolve_model_dir
 
     folder = resolve_model_dir(model_dir)
     clip = present("ViT-L-14", "openai", model_dir)
     needed = [("CLIP ViT-L/14", clip)]
-    needed += [(name, find_weights(w, folder)) for name, w in (("aesthetic", AESTHETIC_V2), ("NSFW", NSFW_L14))]
+    needed += [(name, find_head(name.lower(), L14, folder)) for name in ("aesthetic", "NSFW")]
     for name, path in needed:
         if path is not None:
             yield Finding(f"weights, {name}", "ok", str(path))

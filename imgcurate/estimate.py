@@ -197,17 +197,20 @@ def _samples(origin: ShardOrigin, sizes: list[int | None], notes: list[str]) -> 
 def _weights(pipeline: Pipeline) -> dict[str, str]:
     """Return where the weights of each model are, or that they are to be fetched."""
     from imgcurate.models import clip_weights
-    from imgcurate.models.weights import AESTHETIC_V2, NSFW_L14, find_weights, resolve_model_dir
+    from imgcurate.models.head_files import find_head
     from imgcurate.stages import ImageAestheticFilterStage, ImageEmbeddingStage, ImageNSFWFilterStage
 
     found: dict[str, Path | None] = {}
+    encoder = ""
     for stage in pipeline.stages:
+        if isinstance(stage, ProcessingStage) and stage.encoder:
+            encoder = stage.encoder
         if isinstance(stage, ImageEmbeddingStage) and stage.model != "tiny-image" and stage.pretrained != "random":
             name = f"{stage.model}, {stage.pretrained}"
             found[name] = clip_weights.present(stage.model, stage.pretrained, stage.model_dir)
         elif isinstance(stage, (ImageAestheticFilterStage, ImageNSFWFilterStage)):
-            wanted = AESTHETIC_V2 if isinstance(stage, ImageAestheticFilterStage) else NSFW_L14
-            found[type(stage).__name__] = find_weights(wanted, resolve_model_dir(stage.model_dir))
+            head = "aesthetic" if isinstance(stage, ImageAestheticFilterStage) else "nsfw"
+            found[type(stage).__name__] = find_head(head, encoder, stage.model_dir)
     return {name: str(path) if path else "to be fetched when the run begins" for name, path in found.items()}
 
 

@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 
 from imgcurate import Pipeline, doctor
 from imgcurate.cli import app
+from imgcurate.doctor import examine
 from imgcurate.errors import InputError
 from imgcurate.estimate import estimate_run
 from imgcurate.stages import (
     FilePartitioningStage,
     ImageAestheticFilterStage,
     ImageEmbeddingStage,
+    ImageNSFWFilterStage,
     ImageReaderStage,
     ImageWriterStage,
     SemanticDedupStage,
@@ -133,3 +135,16 @@ def test_reprs_for_notebooks(shards: Path) -> None:
     shown = pipeline(shards, model="tiny-image")._repr_html_()
     assert shown.startswith("<table>")
     assert "<td>SemanticDedupStage</td>" in shown
+
+
+def test_converted_heads_are_there_as_well(shards: Path, tmp_path: Path) -> None:
+    for name in ("sac+logos+ava1-l14-linearMSE.safetensors", "nsfw_vit_l_14.safetensors"):
+        (tmp_path / name).touch()
+    work = pipeline(shards, model="ViT-L-14", model_dir=str(tmp_path))
+    heads = [ImageAestheticFilterStage(model_dir=str(tmp_path)), ImageNSFWFilterStage(model_dir=str(tmp_path))]
+    work.stages[3:3] = heads
+    found = estimate_run(work, str(tmp_path / "OUT"), measure=False).weights
+    assert found["ImageAestheticFilterStage"] == str(tmp_path / "sac+logos+ava1-l14-linearMSE.safetensors")
+    assert found["ImageNSFWFilterStage"] == str(tmp_path / "nsfw_vit_l_14.safetensors")
+    by_name = {f.what: f.state for f in examine(model_dir=str(tmp_path))}
+    assert (by_name["weights, aesthetic"], by_name["weights, NSFW"]) == ("ok", "ok")

@@ -34,6 +34,7 @@ from imgcurate.models.savedmodel import SavedModel, read_saved_model
 __all__ = [
     "check_aesthetic_encoder",
     "check_nsfw_encoder",
+    "find_head",
     "load_aesthetic_head",
     "load_nsfw_head",
     "nsfw_tensors",
@@ -92,6 +93,25 @@ def check_nsfw_encoder(encoder: str) -> None:
             f"there is no NSFW head for embeddings of {encoder!r}: there are heads for "
             f"{' and '.join(_NSFW)}. Use one of these encoders or leave the NSFW filter out"
         )
+
+
+def find_head(name: str, encoder: str, model_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return the file of a head as a run would take it; None if it is not there.
+
+    Parameters
+    ----------
+    name : {"aesthetic", "nsfw"}
+        Which head.
+    encoder : str
+        Identity of the encoder that makes the embeddings.
+    model_dir : path, optional
+        As in :func:`load_aesthetic_head`.
+    """
+    variant = _AESTHETIC if name == "aesthetic" else _NSFW.get(encoder)
+    if variant is None:
+        return None
+    folder = weights.resolve_model_dir(model_dir)
+    return weights.find_file(variant.converted, folder) or weights.find_weights(variant.original, folder)
 
 
 def load_aesthetic_head(
