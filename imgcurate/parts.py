@@ -23,6 +23,7 @@ from imgcurate.catalog import Catalog
 from imgcurate.dedup.verdicts import Ledger
 from imgcurate.execution import COUNTS, RESULT_META, number_frame, reason_of, result_frame
 from imgcurate.export import kept_counts
+from imgcurate.heartbeat import teller
 from imgcurate.memory import is_device_error
 from imgcurate.metrics import counted
 from imgcurate.stages.executor import Program, frame_types
@@ -43,7 +44,9 @@ __all__ = [
 FILE: Final = "file"
 
 
-def made_parts(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, program: Program | None) -> dd.DataFrame:
+def made_parts(
+    ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, program: Program | None, topic: str = ""
+) -> dd.DataFrame:
     """Return the frame that runs a program over partitions and writes them as parts of a catalog.
 
     Parameters
@@ -62,28 +65,29 @@ def made_parts(ddf: dd.DataFrame, numbers: Sequence[int], catalog: Catalog, prog
     in_schema = pa.schema([pa.field(c, types[c]) for c in ddf.columns])
     out = program.output_schema(list(ddf.columns), types) if program else schema.arrow_schema(ddf.columns, types)
     return dd.map_partitions(
-        _make_part, ddf, number_frame(numbers), catalog, program, in_schema, out,
+        _make_part, ddf, number_frame(numbers), catalog, program, in_schema, out, topic,
         meta=RESULT_META, align_dataframes=False, enforce_metadata=False,
     )  # fmt: skip
 
 
 def _make_part(
-    frame: Any, numbers: pd.DataFrame, catalog: Catalog, program: Program | None, in_schema: pa.Schema, out: pa.Schema
-) -> pd.DataFrame:
+    frame: Any, numbers: pd.DataFrame, catalog: Catalog, program: Program | None, in_schema: pa.Schema, out: pa.Schema,
+    topic: str,
+) -> pd.DataFrame:  # fmt: skip
     with counted("make") as work:
-        result = _made_part(_number(numbers), _table(frame, in_schema), catalog, program, out)
+        result = _made_part(_number(numbers), _table(frame, in_schema), catalog, program, out, topic)
         work.counts = result[COUNTS]
     return result_frame(_number(numbers), result)
 
 
 def _made_part(
-    number: int, table: pa.Table, catalog: Catalog, program: Program | None, out: pa.Schema
+    number: int, table: pa.Table, catalog: Catalog, program: Program | None, out: pa.Schema, topic: str
 ) -> dict[str, Any]:
     marks = program is not None and program.decodes
     begun_before = marks and catalog.attempts.begin(number)
     try:
         if program is not None:
-            table = program.run(table, isolated=begun_before)
+            table = program.run(table, isolated=begun_before, tell=teller(topic, number, len(table)))
         table = table.select(out.names).cast(out)
         catalog.write_part(number, table)
     finally:

@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
+from rich.table import Column
+from rich.text import Text
 
 from imgcurate import schema
 from imgcurate.errors import ConfigError
@@ -25,6 +34,8 @@ __all__ = ["progress_or_auto", "show_progress"]
 
 _PLAIN_EVERY_S: Final = 10.0
 _NOTEBOOK_EVERY_S: Final = 0.5
+_WORTH_A_LINE_S: Final = 2.0
+_BESIDE_BARS: Final = 74
 
 
 @contextmanager
@@ -33,7 +44,7 @@ def progress_or_auto(progress: Progress | Literal["auto"] | None) -> Iterator[Pr
     if progress != "auto":
         yield progress
     elif (console := Console(stderr=True)).is_jupyter:
-        yield _notebook_progress()
+        yield _InNotebook()
     else:
         with _shown(quiet=not console.is_terminal) as show:
             yield show
@@ -65,71 +76,139 @@ def show_progress(quiet: bool, log: str | None = None) -> Iterator[Progress | No
         except OSError as exc:
             raise ConfigError(f"cannot write the log {log}: {exc.strerror or exc}") from exc
         with file:
-            yield _logged(file, show)
+            yield _Logged(file, show)
 
 
-def _logged(file: IO[str], show: Progress | None) -> Progress:
-    from imgcurate.execution import COUNTS
+class _Logged:
+    """A :data:`imgcurate.execution.Progress` that writes a line for each partition, and hands on to a display."""
 
-    def write(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+    def __init__(self, file: IO[str], show: _Display | None) -> None:
+        self._file, self._show = file, show
+        if show is not None:
+            self.within = show.within
+
+    def __call__(self, phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+        from imgcurate.execution import COUNTS
+
         now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
         line = {"time": now, "phase": phase, "done": done, "total": total, "counts": result.get(COUNTS, {})}
-        file.write(json.dumps(line) + "\n")
-        if show is not None:
-            show(phase, done, total, result)
-
-    return write
+        self._file.write(json.dumps(line) + "\n")
+        if self._show is not None:
+            self._show(phase, done, total, result)
 
 
 @contextmanager
-def _shown(quiet: bool) -> Iterator[Progress | None]:
-    # Dask, which takes long to import, is there by the time that something runs.
-    from imgcurate.execution import COUNTS
-
+def _shown(quiet: bool) -> Iterator[_Display | None]:
     console = Console(stderr=True)
     if quiet:
         yield None
-        return
-    if not console.is_terminal:
-        yield _plain_progress()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[kept]}"))  # fmt: skip
-    with Bars(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-        tally = _Tally()
-
-        def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total, kept="")
-            bars.update(tasks[phase], completed=done, kept=tally.words(phase, result.get(COUNTS, {})))
-
-        yield show
+    elif not console.is_terminal:
+        yield _PlainLines()
+    else:
+        with _Bars(*_columns(console.width), console=console) as bars:
+            yield _OnTerminal(bars)
 
 
-def _notebook_progress() -> Progress:
-    """Return a callback that keeps one output of a notebook's cell up to date, a line for each phase."""
-    import IPython.display
+class _Display:
+    """What shows progress: a :data:`imgcurate.execution.Progress` that may hear how far partitions in work are."""
 
-    from imgcurate.execution import COUNTS
+    def __init__(self) -> None:
+        self._tally, self._done = _Tally(), dict[str, int]()
+        self._parts, self._samples = 0.0, 0
 
-    lines: dict[str, str] = {}
-    last, tally = 0.0, _Tally()
-    handle: Any = IPython.display.display({"text/plain": "starting"}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+    def __call__(self, phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+        """Show that a partition has ended."""
+        # Dask, which takes long to import, is there by the time that something runs.
+        from imgcurate.execution import COUNTS
 
-    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-        nonlocal last
-        words = tally.words(phase, result.get(COUNTS, {}))
-        lines[phase] = _line(phase, done, total, words)
-        if done == total or time.monotonic() - last >= _NOTEBOOK_EVERY_S:
-            last = time.monotonic()
-            handle.update({"text/plain": "\n".join(lines.values())}, raw=True)
+        counts = result.get(COUNTS, {})
+        # Of those in work there is one less until they are heard of again.
+        self._parts, self._samples = max(self._parts - 1, 0), max(self._samples - sum(counts.values()), 0)
+        if phase not in self._done or done == total:
+            self._parts, self._samples = 0.0, 0
+        self._done[phase] = done
+        self._show(phase, min(done + self._parts, total), total, self._tally.words(phase, counts, self._samples))
 
-    return show
+    def within(self, phase: str, total: int, parts: float, samples: int) -> None:
+        """Show how far the partitions in work are, which come to `parts` and have so many `samples` done."""
+        self._parts, self._samples = parts, samples
+        done = min(self._done.setdefault(phase, 0) + parts, total)
+        self._show(phase, done, total, self._tally.words(phase, {}, samples))
+
+    def _show(self, phase: str, done: float, total: int, words: str) -> None:
+        raise NotImplementedError
 
 
-def _line(phase: str, done: int, total: int, words: str) -> str:
-    return f"{phase}: {done:,} of {total:,}{f' ({words})' if words else ''}"
+class _Bars(Bars):
+    """Bars, a line for each phase, and below them what the samples of the last one have come to."""
+
+    words = ""
+
+    def get_renderables(self) -> Iterator[Any]:
+        """Yield the bars, and the words."""
+        yield self.make_tasks_table(self.tasks)
+        if self.words:
+            yield Text(self.words, no_wrap=True, overflow="ellipsis")
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """Return the columns for so many characters: where there is little room the bars give way, and then the names."""
+    of_names = Column(no_wrap=True, overflow="ellipsis")
+    name = TextColumn("{task.description}", table_column=of_names)
+    bar = BarColumn(bar_width=min(max(width - _BESIDE_BARS, 4), 40))
+    numbers = MofNCompleteColumn(table_column=Column(no_wrap=True, justify="right"))
+    times = [kind(table_column=Column(no_wrap=True, min_width=7)) for kind in (TimeElapsedColumn, TimeRemainingColumn)]
+    return [name, bar, numbers, *times]
+
+
+class _OnTerminal(_Display):
+    """Show bars."""
+
+    def __init__(self, bars: _Bars) -> None:
+        super().__init__()
+        self._bars, self._tasks = bars, dict[str, Any]()
+
+    def _show(self, phase: str, done: float, total: int, words: str) -> None:
+        if phase not in self._tasks:
+            self._tasks[phase] = self._bars.add_task(phase, total=total)
+        self._bars.words = words or self._bars.words
+        self._bars.update(self._tasks[phase], completed=done)
+
+
+class _InNotebook(_Display):
+    """Keep one output of a notebook's cell up to date, a line for each phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import IPython.display
+
+        self._lines, self._last = dict[str, str](), 0.0
+        self._handle: Any = IPython.display.display({"text/plain": "starting"}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+
+    def _show(self, phase: str, done: float, total: int, words: str) -> None:
+        self._lines[phase] = _line(phase, done, total, words)
+        if done == total or time.monotonic() - self._last >= _NOTEBOOK_EVERY_S:
+            self._last = time.monotonic()
+            self._handle.update({"text/plain": "\n".join(self._lines.values())}, raw=True)
+
+
+class _PlainLines(_Display):
+    """Write a line when a phase ends that took its time, and every few seconds until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = time.monotonic()
+
+    def _show(self, phase: str, done: float, total: int, words: str) -> None:
+        now = time.monotonic()
+        ends = done >= total and (words or now - self._last >= _WORTH_A_LINE_S)
+        if ends or now - self._last >= _PLAIN_EVERY_S:
+            self._last = now
+            print(_line(phase, done, total, words), file=sys.stderr, flush=True)
+
+
+def _line(phase: str, done: float, total: int, words: str) -> str:
+    return f"{phase}: {int(done):,} of {total:,}{f' ({words})' if words else ''}"
 
 
 class _Tally:
@@ -139,8 +218,11 @@ class _Tally:
         self._phase, self._ok, self._rows, self._errors = "", 0, 0, 0
         self._begun = self._last = time.monotonic()
 
-    def words(self, phase: str, counts: dict[str, int]) -> str:
-        """Add a partition; say how many samples are done, what became of them, and how fast it goes."""
+    def words(self, phase: str, counts: dict[str, int], within: int = 0) -> str:
+        """Add a partition; say how many samples are done, what became of them, and how fast it goes.
+
+        So many are done `within` partitions that have not ended.
+        """
         if phase != self._phase:
             # A phase begins where the last one ended.
             self._phase, self._ok, self._rows, self._errors, self._begun = phase, 0, 0, 0, self._last
@@ -148,24 +230,9 @@ class _Tally:
         self._ok += counts.get(schema.STATUS_OK, 0)
         self._rows += sum(counts.values())
         self._errors += sum(n for status, n in counts.items() if status in schema.UNREADABLE)
-        if not self._rows:
+        if not self._rows + within:
             return ""
-        share, seconds = self._ok / self._rows, max(self._last - self._begun, 1e-3)
+        rate = (self._rows + within) / max(self._last - self._begun, 1e-3)
+        share = f", {100 * self._ok / self._rows:.1f}% ok" if self._rows else ""
         errors = f", {self._errors:,} errors" if self._errors else ""
-        return f"{self._rows:,} samples, {100 * share:.1f}% ok{errors}, {self._rows / seconds:,.0f}/s"
-
-
-def _plain_progress() -> Progress:
-    """Return a callback that writes a line when a phase ends, and every few seconds until then."""
-    from imgcurate.execution import COUNTS
-
-    last, tally = time.monotonic(), _Tally()
-
-    def show(phase: str, done: int, total: int, result: dict[str, Any]) -> None:
-        nonlocal last
-        words = tally.words(phase, result.get(COUNTS, {}))
-        if done == total or time.monotonic() - last >= _PLAIN_EVERY_S:
-            last = time.monotonic()
-            print(_line(phase, done, total, words), file=sys.stderr, flush=True)
-
-    return show
+        return f"{self._rows + within:,} samples{share}{errors}, {rate:,.{0 if rate >= 10 else 1}f}/s"

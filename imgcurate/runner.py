@@ -23,6 +23,7 @@ from imgcurate.cluster import cluster_device, open_client
 from imgcurate.errors import CatalogError, ConfigError, ImgcurateError
 from imgcurate.execution import COUNTS, Progress, call_frame, run_on_client, run_waves
 from imgcurate.export import OutputShard, describe_shard, plan_shards, shard_name, write_shard
+from imgcurate.heartbeat import heard
 from imgcurate.inputs import CHANGED
 from imgcurate.liveness import gpu_share
 from imgcurate.origins import Origin
@@ -318,10 +319,12 @@ class Run:
             logger.info(
                 "going on with the run in %s: %d of %d partitions are there", self.folder, there, catalog.n_parts
             )
-        self._made = run_waves(
-            self.client, partial(self._first_phase, catalog=catalog), missing, phase=phase.label,
-            resources=self._resources(), progress=timeline, max_failed=self.max_failed, failed=failed,
-        )  # fmt: skip
+        within = getattr(self.progress, "within", None)
+        with heard(self.client, within and partial(within, phase.label, len(missing))) as topic:
+            self._made = run_waves(
+                self.client, partial(self._first_phase, catalog=catalog, topic=topic), missing, phase=phase.label,
+                resources=self._resources(), progress=timeline, max_failed=self.max_failed, failed=failed,
+            )  # fmt: skip
         self._timeline = timeline.points()
         if failed:
             for number, reason in failed.items():
@@ -354,10 +357,10 @@ class Run:
         names: list[str] = schema.arrow_schema([*index, *self.origin.types, *added], self.types).names
         return names
 
-    def _first_phase(self, numbers: list[int], catalog: Catalog) -> dd.DataFrame:
+    def _first_phase(self, numbers: list[int], catalog: Catalog, topic: str) -> dd.DataFrame:
         """Return the frame that reads, decodes, scores and writes partitions: one task each."""
         ddf, program = self._first_frame(numbers)
-        return made_parts(ddf, numbers, catalog, program)
+        return made_parts(ddf, numbers, catalog, program, topic)
 
     def _first_frame(self, numbers: list[int]) -> tuple[dd.DataFrame, Program | None]:
         ddf = self.origin.frame(numbers, self.device)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from imgcurate import Pipeline
+from imgcurate import ImageBatch, Pipeline, PixelView, ProcessingStage, heartbeat, progress
 from imgcurate.cli import app
 from imgcurate.cluster import open_client
 from imgcurate.progress import progress_or_auto, show_progress
@@ -103,8 +105,57 @@ def test_plain_lines_say_how_many_are_left_and_how_fast(capsys: pytest.CaptureFi
         assert show is not None
         for done in range(1, 4):
             show("read", done, 3, {"counts": {"ok": 6, "nsfw": 1, "decode_error": 1}})
+        # What takes no time is worth no line.
         show("write", 1, 1, {})
-    read, write = capsys.readouterr().err.splitlines()
+        show._last -= 60
+        show("finish", 1, 1, {})
+    read, finish = capsys.readouterr().err.splitlines()
     assert read.startswith("read: 3 of 3 (24 samples, 75.0% ok, 3 errors, ")
     assert read.endswith("/s)")
-    assert write == "write: 1 of 1"
+    assert finish == "finish: 1 of 1"
+
+
+def test_plain_lines_tell_of_partitions_in_work(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_EVERY_S", 0.0)
+    with show_progress(quiet=False) as show:
+        show.within("read", 2, 0.75, 30)
+        show("read", 1, 2, {"counts": {"ok": 20}})
+        show.within("read", 2, 0.9, 18)
+        show("read", 2, 2, {"counts": {"ok": 20}})
+    words = [line.rpartition(", ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert words == [
+        "read: 0 of 2 (30 samples", "read: 1 of 2 (30 samples, 100.0% ok", "read: 1 of 2 (38 samples, 100.0% ok",
+        "read: 2 of 2 (40 samples, 100.0% ok",
+    ]  # fmt: skip
+
+
+class Slow(ProcessingStage):
+    """A stage of one's own that takes its time."""
+
+    needs = ("image",)
+    views = (PixelView(8, 8),)
+
+    def process(self, batch: ImageBatch) -> ImageBatch:
+        time.sleep(0.05)
+        return batch
+
+
+def test_workers_tell_how_far_they_are_within_a_partition(shards: Path, tmp_path: Path, monkeypatch, client) -> None:
+    monkeypatch.setattr(heartbeat, "_EVERY_S", 0.0)
+    heard: list[tuple[float, int]] = []
+
+    class Display:
+        def __call__(self, phase: str, done: int, total: int, result: dict[str, Any]) -> None:
+            pass
+
+        def within(self, phase: str, total: int, parts: float, samples: int) -> None:
+            assert (phase, total) == ("read", 1)
+            heard.append((parts, samples))
+
+    stages = [FilePartitioningStage(str(shards), 4), ImageReaderStage(dali_batch_size=6), Slow()]
+    Pipeline(stages).run(str(tmp_path / "OUT"), client=client, progress=Display())
+    samples = [n for _, n in heard]
+    assert len(samples) >= 3
+    assert samples == sorted(samples)
+    assert samples[-1] < 72
+    assert all(0 < parts < 1 for parts, _ in heard)

@@ -28,6 +28,7 @@ from imgcurate.backend import (
 )
 from imgcurate.batches import ImageBatch
 from imgcurate.errors import ConfigError
+from imgcurate.heartbeat import Tell
 from imgcurate.lazy import torch
 from imgcurate.memory import keep_freed_memory
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
@@ -84,7 +85,7 @@ class Program:
         added = self.types
         return schema.arrow_schema([*columns, *(c for c in added if c not in columns)], {**types, **added})
 
-    def run(self, table: pa.Table, *, isolated: bool = False) -> pa.Table:
+    def run(self, table: pa.Table, *, isolated: bool = False, tell: Tell | None = None) -> pa.Table:
         """Run the stages over one partition.
 
         Parameters
@@ -93,6 +94,8 @@ class Program:
             Index columns and what earlier stages added.
         isolated : bool
             Decode in a process of its own, which an image may kill.
+        tell : callable, optional
+            Called after each batch with the number of its samples.
 
         Returns
         -------
@@ -112,6 +115,8 @@ class Program:
                     if IMAGE in stage.removes:
                         current.remove_pixels()
                 results.take_columns(positions, current)
+                if tell is not None:
+                    tell(len(positions))
                 holder.hold(pixels)
         results.apply_rules(stages)
         return results.table(self.output_schema(table.column_names, {f.name: f.type for f in table.schema}))
