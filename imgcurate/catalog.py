@@ -205,7 +205,7 @@ class Manifest:
     source : dict
         Where the inputs were looked for and how they are divided: ``file_paths``, ``files_per_partition``,
         ``sidecar_columns``, ``text_columns``, ``json_columns``; or ``refilter``, the folder of the run that was decided
-        anew.
+        anew; ``code``, checksums of the classes of stages of one's own.
     exporting : bool
         Whether the shards that are there are of this run as it is decided now.
     timeline : list of [float, int]

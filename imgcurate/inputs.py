@@ -86,7 +86,11 @@ def find_shards(
     """
     archives: set[str] = set()
     files: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    given = [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns
+    named = {os.fspath(pattern) for pattern in given}
     for url in expand_urls(patterns, storage_options):
+        if url not in named and _is_statistics(url):
+            continue
         kind = _kind(url, storage_options)
         if kind == "folder":
             found, listing = _look_into(url, storage_options)
@@ -165,6 +169,11 @@ def _file_states(shard: Shard) -> list[str]:
         except OSError as exc:
             states.append(str(exc.strerror))
     return states
+
+
+def _is_statistics(url: str) -> bool:
+    """Return whether a file is one that img2dataset leaves beside each tar, and a glob finds too."""
+    return url.endswith("_stats.json")
 
 
 def _kind(url: str, storage_options: StorageOptions | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -13,13 +13,11 @@ import numpy as np
 from imgcurate.catalog import Manifest, fingerprint
 from imgcurate.errors import ConfigError, ImgcurateError
 from imgcurate.results import REPORT
-from imgcurate.stages.base import DatasetStage
-from imgcurate.stages.registry import STAGES
-from imgcurate.stages.writer import ImageWriterStage
+from imgcurate.stages.registry import works_by_batch
 from imgcurate.storage import free_bytes, join_url, list_files, remove, remove_temporary_files, remove_tree
 from imgcurate.success import Success
 
-__all__ = ["PIPELINE", "difference", "find_run", "open_run", "warn_of_lost"]
+__all__ = ["PIPELINE", "difference", "find_run", "open_run", "warn_of_code", "warn_of_lost"]
 
 logger = logging.getLogger(__name__)
 _FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
@@ -95,17 +93,7 @@ def _goes_on(manifest: Manifest, config: dict[str, Any], *, resume: bool) -> boo
 
 def _before_decisions(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration without the stages that come after all images are looked at."""
-    return {**config, "stages": list(itertools.takewhile(_looks_at_images, config.get("stages", ())))}
-
-
-def _looks_at_images(stage: dict[str, Any]) -> bool:
-    """Return whether the entry of a stage is that of one which reads, or works batch by batch."""
-    name = stage["stage"]
-    if "." in name:
-        # Of stages of one's own those that work batch by batch tell their rules.
-        return "rules" in stage
-    kind = STAGES.get(name)
-    return kind is None or not issubclass(kind, DatasetStage | ImageWriterStage)
+    return {**config, "stages": list(itertools.takewhile(works_by_batch, config.get("stages", ())))}
 
 
 def _only_more(before: Any, now: Any) -> bool:
@@ -172,6 +160,16 @@ def warn_of_lost(folder: str) -> bool:
     return bool(lost)
 
 
+def warn_of_code(folder: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Say so where the code of stages is another than when a run began: what they made then stays."""
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            logger.warning(
+                "the code of %s is not what it was when the run in %s began, and what it made then stays as it is: "
+                "name another output folder, or overwrite it (--overwrite)", name, folder,
+            )  # fmt: skip
+
+
 def _check_space(folder: str) -> None:
     free = free_bytes(folder)
     if free is not None and free < _MIN_FREE_BYTES:
@@ -229,5 +227,9 @@ def _input_difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> s
         if shard not in alike:
             if not alike:
                 return f"inputs: {len(old)} there, {len(new)} asked for; {shard['url']} is not among them any more"
+            if {**shard, "sidecar": None} == {**alike[0], "sidecar": None}:
+                before, now = shard.get("sidecar"), alike[0].get("sidecar")
+                what = "has changed" if before and now else "was not there" if now else "is gone"
+                return f"inputs: the table of metadata of {shard['url']} {what}"
             return f"inputs: {shard['url']} has changed: {difference(shard, alike[0])}"
     return f"inputs: {len(old)} there, {len(new)} asked for"

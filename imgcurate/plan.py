@@ -159,7 +159,7 @@ def _check_columns(
     for stage in stages:
         for column in stage.needs:
             if column not in types and column not in beside:
-                raise ConfigError(_missing(stage, column, types, removed))
+                raise ConfigError(_missing(stage, column, types, removed, beside))
         check_numbers(stage, {**beside.known, **types})
         if not decodes and (size := _sizes_in(stage)):
             raise ConfigError(
@@ -262,14 +262,24 @@ def _check_statuses(stage: Stage) -> None:
         )
 
 
-def _missing(stage: Stage, column: str, types: dict[str, pa.DataType], removed: dict[str, str]) -> str:
+def _missing(
+    stage: Stage,
+    column: str,
+    types: dict[str, pa.DataType],
+    removed: dict[str, str],
+    beside: _Beside | None = None,
+) -> str:
     if column in removed:
         return f"stage {stage.name} needs the {column!r} data, which is gone after {removed[column]}"
     maker, option = _MAKERS.get(column, ("", ""))
     if maker:
         hint = f" (on the command line: {option})" if option else ""
         return f"stage {stage.name} needs the column {column!r}: put {maker} before it{hint}"
-    words = f"stage {stage.name} needs the column {column!r}, which no stage before it gives{nearest(column, types)}"
+    known = {**types, **(beside.known if beside is not None else {})}
+    words = f"stage {stage.name} needs the column {column!r}, which no stage before it gives{nearest(column, known)}"
     if column in schema.COLUMNS or not isinstance(stage, ProcessingStage):
         return words
-    return f"{words} (a kind of member, as txt, is one by text_columns of ImageReaderStage, or --text-column)"
+    return (
+        f"{words} (text_columns of ImageReaderStage, or --text-column, makes columns of members, as txt; json_columns, "
+        "or --json-column, of keys in members .json)"
+    )

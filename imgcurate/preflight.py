@@ -55,6 +55,7 @@ _OTHERS: Final[Mapping[str, tuple[str, ...]]] = {
     **{p: (p, f"{p}-cu12", f"{p}-cu13") for p in ("cudf", "cuml")},
     "cupy": ("cupy", "cupy-cuda12x", "cupy-cuda13x"),
 }
+_SCHEDULER: Final = "the scheduler"
 _PACKAGES: Final = tuple(p for names in ({**_DECIDING, **_OTHERS}).values() for p in names)
 # It does no work, but reads the graph, which names functions of imgcurate.
 _ON_SCHEDULER: Final = ("python", "imgcurate", "dask", "distributed")
@@ -108,7 +109,7 @@ def check_versions(client: Client) -> None:
     scheduler = _scheduler_versions(client)
     for name, differs in _differences(here, scheduler).items():
         if name in _ON_SCHEDULER or (name in _THERE_ON_SCHEDULER and name not in scheduler):
-            errors.add(differs, "the scheduler")
+            errors.add(differs, _SCHEDULER)
     if warnings:
         logger.warning("the workers' software differs from the client's: %s", warnings.told({}))
     if errors:
@@ -143,7 +144,7 @@ def check_stages(client: Client, stages: Iterable[Stage]) -> None:
         workers = workers or list(known_workers(client))
         # They load it with the call.
         answers = _ask(client, workers, _ignore, stage)
-        answers["the scheduler"] = client.sync(_on_scheduler, client, _ignore, stage)
+        answers[_SCHEDULER] = client.sync(_on_scheduler, client, _ignore, stage)
         for who, answer in answers.items():
             # A worker that is slow to answer will load it when it is asked to run it.
             if isinstance(answer, Exception) and not isinstance(answer, (TimeoutError, OSError)):
@@ -223,7 +224,8 @@ class _Faults:
         for what, everyone in self._who.items():
             names = [f"{w} (host {hosts[w]})" if w in hosts else w for w in everyone[:_NAMED]]
             more = len(everyone) - len(names)
-            count = f"{len(everyone)} workers: " if len(everyone) > 1 else ""
+            kind = "processes" if _SCHEDULER in everyone else "workers"
+            count = f"{len(everyone)} {kind}: " if len(everyone) > 1 else ""
             lines.append(f"{what}: {count}{', '.join(names)}{f' and {more} more' if more else ''}")
         return "; ".join(lines)
 

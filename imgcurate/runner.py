@@ -27,7 +27,7 @@ from imgcurate.heartbeat import heard
 from imgcurate.inputs import CHANGED
 from imgcurate.liveness import gpu_share
 from imgcurate.origins import Origin
-from imgcurate.outputs import PIPELINE, find_run, open_run, warn_of_lost
+from imgcurate.outputs import PIPELINE, find_run, open_run, warn_of_code, warn_of_lost
 from imgcurate.parts import (
     FILE,
     count_part,
@@ -44,7 +44,7 @@ from imgcurate.preflight import check_stages, check_storage, check_versions
 from imgcurate.progress import progress_or_auto
 from imgcurate.report import is_wanted, make_report
 from imgcurate.results import REPORT, Result
-from imgcurate.stages.base import DatasetStage, Stage, columns_added
+from imgcurate.stages.base import DatasetStage, Stage, code_digests, columns_added
 from imgcurate.stages.executor import Program, apply_stages, make_program
 from imgcurate.storage import (
     atomic_write,
@@ -185,7 +185,18 @@ class Run:
             # The run was killed when all but this was done.
             with exclusive(self.folder):
                 clear_away(checkpoints)
+        self._warn_of_code(manifest)
+        logger.info("the run in %s was done already: nothing was computed", self.folder)
         return self._result(manifest)
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        """What a manifest tells of inputs and code beside what decides the results."""
+        code = code_digests(stage for phase in self.plan.phases for stage in phase.stages)
+        return {"code": code, **self.origin.source}
+
+    def _warn_of_code(self, manifest: Manifest) -> None:
+        warn_of_code(self.folder, manifest.source.get("code", {}), self._source["code"])
 
     def _retries(self, manifest: Manifest) -> bool:
         """Whether partitions that failed in a run which is done are to be tried again."""
@@ -196,8 +207,9 @@ class Run:
         with exclusive(self.folder):
             manifest = open_run(
                 self.folder, self._config, self.origin.n_parts, work=_WORK, overwrite=overwrite, resume=resume,
-                grows=True, increments=self.origin.increments, source=self.origin.source,
+                grows=True, increments=self.origin.increments, source=self._source,
             )  # fmt: skip
+            self._warn_of_code(manifest)
             try:
                 return self._execute(manifest)
             except ImgcurateError as exc:

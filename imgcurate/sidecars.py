@@ -26,7 +26,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from imgcurate import schema
-from imgcurate.errors import ConfigError, InputError
+from imgcurate.errors import ConfigError, InputError, nearest
 from imgcurate.extensions import TAR_ENDINGS
 from imgcurate.folders import file_name, file_url
 from imgcurate.members import free_name
@@ -194,7 +194,10 @@ def _schemas(
             logger.warning("%s: its columns are not joined", exc)
             continue
         if beside.folder is not None and beside.key not in found.names:
-            logger.warning("%s has no column %r, so it tells of no image", beside.url, beside.key)
+            logger.warning(
+                "%s has no column %r, so it tells of no image%s", beside.url, beside.key,
+                nearest(beside.key, found.names),
+            )  # fmt: skip
         if beside.key in found.names and not (auto and set(found.names) >= _OURS):
             yield beside.url, found.remove_metadata()
 

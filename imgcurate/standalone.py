@@ -95,8 +95,11 @@ class DedupedEmbeddings:
         return {**asdict(self), "dedup": self.summary}
 
     def accounting(self) -> str:
-        """Return the line that accounts for every row."""
-        return f"{self.rows:,} rows in = {self.kept:,} kept + {self.removed:,} duplicate"
+        """Return the line that accounts for every row, after those of other eps if any were asked for."""
+        summary = self.summary
+        others = [point for point in summary.get("curve", []) if point["eps"] != summary["eps"]]
+        lines = [f"eps {point['eps']:g} would keep {point['kept']:,}" for point in others]
+        return "\n".join([*lines, f"{self.rows:,} rows in = {self.kept:,} kept + {self.removed:,} duplicate"])
 
 
 def dedup_embeddings(

@@ -292,3 +292,10 @@ def test_values_from_the_command_line(shards: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     kept = pd.read_parquet(tmp_path / "ANEW/shards/00000.parquet")
     assert sorted(kept.key) == ["00", "10"]
+
+
+def test_a_column_that_is_misspelt_is_told_with_those_of_sidecars(shards: Path, tmp_path: Path) -> None:
+    pd.DataFrame({"key": ["00"], "pwatermark": [0.1]}).to_parquet(shards / "00000.parquet")
+    stages = [ic.FilePartitioningStage(str(shards)), ic.ImageReaderStage()]
+    with pytest.raises(ConfigError, match=r"did you mean 'pwatermark'.*--json-column"):
+        ic.Pipeline([*stages, ic.ColumnFilterStage({"pwatermrk": (None, 0.5)})]).plan()

@@ -211,6 +211,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, client: Client) -> None:
     fails("id holds double: ids should be", write(tmp_path / "float.parquet", [0.5, 1, 2, 3], x))
     number = write(tmp_path / "number.parquet", range(4), x)
     fails("id holds strings in .*good.parquet and integers in .*number.parquet", [good, number])
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    fails("x.npz is neither Parquet nor npy", str(tmp_path / "x.npz"))
     (tmp_path / "text.parquet").write_text("no Parquet")
     fails("cannot read .*text.parquet as Parquet", str(tmp_path / "text.parquet"))
     fails("null holds no Parquet and no npy files", str(tmp_path / "null"))
@@ -238,7 +240,8 @@ def test_clip_retrieval_folders_are_read_as_they_are(tmp_path: Path, client: Cli
     x = planted(240, 80)
     # Twelve files, for the tenth is named before the second.
     folder = clip_retrieval(tmp_path / "clip", x, [20] * 12)
-    dedup_embeddings(folder, str(tmp_path / "out"), id_field="image_path", client=client, keep_by=["-width"])
+    # Its column of ids is known.
+    dedup_embeddings(folder, str(tmp_path / "out"), client=client, keep_by=["-width"])
     kept, removed = outcome(tmp_path / "out")
     position = {name: int(name[:5]) for name in [*kept, *removed.id]}
     removed = removed.assign(id=removed.id.map(position), duplicate_of=removed.duplicate_of.map(position))
@@ -366,3 +369,12 @@ def test_the_command_does_what_the_function_does(tmp_path: Path) -> None:
     kept, removed = outcome(tmp_path / "out")
     check(x, kept, removed)
     assert (removed.id < removed.duplicate_of).all()
+
+
+def test_what_other_eps_would_keep_is_told(tmp_path: Path, client: Client) -> None:
+    np.save(tmp_path / "a.npy", planted(240, 80).astype(np.float32))
+    result = dedup_embeddings(str(tmp_path / "a.npy"), str(tmp_path / "out"), eps_list=[0.3, 0.001], client=client)
+    small, large, line = result.accounting().splitlines()
+    assert small.startswith("eps 0.001 would keep ")
+    assert large.startswith("eps 0.3 would keep ")
+    assert line == "240 rows in = 160 kept + 80 duplicate"

@@ -423,7 +423,7 @@ def test_columns_of_sidecars_join_the_frame_and_the_output(img2dataset: Path, cl
     pipeline = tiny_pipeline(str(img2dataset))
     assert pipeline.run(str(tmp_path / "OUT"), client=client) == result
     os.utime(img2dataset / "00001.parquet", (0, 0))
-    with pytest.raises(ConfigError, match=r"inputs: \S+00001.tar has changed: sidecar: "):
+    with pytest.raises(ConfigError, match=r"inputs: the table of metadata of \S+00001.tar has changed"):
         pipeline.run(str(tmp_path / "OUT"), client=client)
     sidecar = pq.read_table(result.shards[0].replace(".tar", ".parquet"))
     assert column(sidecar, "url")[:2] == ["https://x.org/000000000.jpg", "https://x.org/000000001.jpg"]
@@ -770,3 +770,11 @@ def test_a_folder_of_images_is_what_it_was_when_the_run_began(tmp_path: Path, en
 def test_parameters_of_another_type_are_told_by_name(make: Callable[[], object]) -> None:
     with pytest.raises(ConfigError, match="should be|path of a file"):
         make()
+
+
+def test_a_glob_passes_over_statistics_of_img2dataset(img2dataset: Path) -> None:
+    (img2dataset / "00000_stats.json").write_text("{}")
+    found = [shard.url for shard in find_shards(f"{img2dataset}/*")]
+    assert found == [str(img2dataset / "00000.tar"), str(img2dataset / "00001.tar")]
+    with pytest.raises(InputError, match="unknown kind"):
+        find_shards(str(img2dataset / "00000_stats.json"))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
+import linecache
+import logging
 import shutil
+import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -459,3 +464,36 @@ NEXT_WITHOUT_PIXELS = ImageEmbeddingStage(model="tiny-image", remove_image_data=
 def test_a_pipeline_that_cannot_work_fails_before_it_starts(stages: list, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Pipeline(stages).plan()
+
+
+def test_code_that_is_not_what_a_run_began_with_is_told(
+    shards: Path, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    code = (
+        "from imgcurate import ProcessingStage\n\nclass Own(ProcessingStage):\n    needs = ('key',)\n\n"
+        "    def process(self, batch):\n        batch.drop([key.endswith('{}') for key in batch['key']], 'ends so')\n"
+        "        return batch\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+
+    def run(ending: str, out: str) -> Any:
+        (folder / "own_code.py").write_text(code.format(ending))
+        linecache.clearcache()
+        sys.modules.pop("own_code", None)
+        importlib.invalidate_caches()
+        own = importlib.import_module("own_code").Own()
+        stages = [FilePartitioningStage(str(shards)), ImageReaderStage(), own]
+        with caplog.at_level(logging.INFO, logger="imgcurate"):
+            caplog.clear()
+            return Pipeline(stages).run(str(tmp_path / out), client=client)
+
+    first = run("1", "A")
+    assert "was done already" not in caplog.text
+    assert first.counts["Own"] > 0
+    assert run("1", "A").counts == first.counts
+    assert "was done already: nothing was computed" in caplog.text
+    assert "the code of" not in caplog.text
+    assert run("no", "A").counts == first.counts
+    assert "the code of own_code.Own is not what it was when the run in" in caplog.text

@@ -152,7 +152,7 @@ def test_stages_that_cannot_be_imported_where_they_run(
                 str(tmp_path / "OUT"), client=client
             )
     message = str(error.value)
-    assert "Mine is not loaded (ModuleNotFoundError: No module named 'stages_here_alone'): 2 workers: " in message
+    assert "Mine is not loaded (ModuleNotFoundError: No module named 'stages_here_alone'): 2 processes: " in message
     assert ", the scheduler" in message
     assert sorted(has_it.values()) == [False, True]
     assert [where in message for where in has_it] == [not there for there in has_it.values()]

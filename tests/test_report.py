@@ -110,7 +110,7 @@ def test_funnel_accounts_for_every_sample(run: Result) -> None:
     manifest, rows = of(run)
     steps = findings.funnel(manifest, rows)
     assert [s.label for s in steps] == [
-        "cannot be decoded", "quality: not brightness >= 60", "duplicates, the same bytes", "duplicates, semantic",
+        "cannot be decoded", "quality: not brightness >= 60", "duplicates, exact", "duplicates, semantic",
     ]  # fmt: skip
     left = manifest.samples
     for step in steps:
@@ -118,6 +118,9 @@ def test_funnel_accounts_for_every_sample(run: Result) -> None:
         assert step.left == left
     assert left == run.kept
     assert steps[0].dropped == 3
+    found = rows.table.filter(pa.compute.equal(rows.table["status"], "duplicate"))["phase"].to_pylist()
+    assert [steps[2].dropped, steps[3].dropped] == [found.count(1), found.count(2)]
+    assert all(count > 0 for count in (found.count(1), found.count(2)))
 
 
 def test_funnel_of_a_part_of_the_catalog_counts_all_samples(run: Result, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,8 @@ from imgcurate.success import UNFINISHED
 __all__ = ["VectorFiles", "find_vectors"]
 
 _PART_BYTES: Final = 128 * 1024**2
+_IMAGE_PATH: Final = "image_path"
+_OTHER_ENDINGS: Final = (".npz", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".pkl", ".pt", ".h5", ".tar", ".zip")
 _PART_ROWS: Final = 262_144
 _OWN_COLUMNS: Final = (schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.EMBEDDING)
 
@@ -269,7 +271,7 @@ def find_vectors(
         Paths, URLs, globs and braces: Parquet files, npy files, folders of either (to any depth), folders
         of clip-retrieval. Their order does not matter.
     id_field, embedding_field : str
-        Columns of the Parquet files.
+        Columns of the Parquet files. Where clip-retrieval's metadata has no ``id``, that is ``image_path``.
     columns : sequence of str
         Other columns that must be there, with numbers.
     output : str, optional
@@ -293,6 +295,8 @@ def find_vectors(
         if len(inside) == len(found):
             raise InputError(f"the inputs lie in the output folder ({inside[0]}): name another output folder")
         found = {url: table for url, table in found.items() if url not in inside}
+    if id_field == "id" and found and not _has_ids(found, input_options):
+        id_field = _IMAGE_PATH
     parts: list[VectorPart] = []
     types: dict[str, pa.DataType] = {}
     uid = 0
@@ -310,10 +314,21 @@ def find_vectors(
     return files.with_dim()
 
 
+def _has_ids(found: Mapping[str, str], options: StorageOptions | None) -> bool:
+    """Return whether ids are to be looked for in ``id``, and not in the column that clip-retrieval writes."""
+    tables = [table for url, table in found.items() if table and table != url]
+    if len(tables) < len(found):
+        return True
+    with open_parquet(min(tables), options) as file:
+        return "id" in file.schema_arrow.names or _IMAGE_PATH not in file.schema_arrow.names
+
+
 def _files_of(url: str, options: StorageOptions | None) -> Iterator[tuple[str, str]]:
     """Yield (file with embeddings, file with its ids or "") of a file or folder."""
     if not is_folder(url, options):
         file_size(url, options)  # Says so if there is no such file.
+        if url.lower().endswith(_OTHER_ENDINGS):
+            raise InputError(f"{url} is neither Parquet nor npy: expected such files, or folders of them")
         yield url, "" if url.endswith(".npy") else url
         return
     if exists(join_url(url, UNFINISHED), options):

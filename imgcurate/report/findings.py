@@ -15,7 +15,7 @@ import pyarrow as pa
 from imgcurate import schema
 from imgcurate.catalog import Manifest
 from imgcurate.report.sample import CatalogSample, spread
-from imgcurate.stages.registry import recorded_rules
+from imgcurate.stages.registry import recorded_phases, recorded_rules
 from imgcurate.stages.rules import AnyRule, Rule
 
 __all__ = [
@@ -52,7 +52,10 @@ _BEFORE_STAGES: Final[Mapping[str, str]] = {
     schema.STATUS_FAILED: "partition failed",
 }
 _BY: Final[Mapping[str, str]] = {
-    "content": "the same bytes", "pixels": "the same pixels", "phash": "the same to the eye", "embedding": "semantic",
+    "content": "the same bytes", "pixels": "the same pixels", "phash": "a near pHash", "embedding": "semantic",
+}  # fmt: skip
+_KINDS: Final[Mapping[str, str]] = {
+    "ExactDedupStage": "exact", "PerceptualDedupStage": "perceptual", "SemanticDedupStage": "semantic",
 }  # fmt: skip
 _NO_SCORE: Final = frozenset(
     {schema.UID, schema.OFFSET, schema.PHASE, schema.CLUSTER, schema.DUPLICATE_OF, schema.SIMILARITY, schema.CHANNELS,
@@ -155,7 +158,7 @@ def funnel(manifest: Manifest, sample: CatalogSample) -> list[Step]:
     duplicates = counts.pop(schema.STATUS_DUPLICATE, 0)
     steps += [(status, n) for status, n in sorted(counts.items())]
     if duplicates:
-        steps += _duplicates(duplicates, sample)
+        steps += _duplicates(duplicates, sample, recorded_phases(manifest.config))
     left = manifest.samples
     out = []
     for label, dropped in steps:
@@ -164,14 +167,17 @@ def funnel(manifest: Manifest, sample: CatalogSample) -> list[Step]:
     return out
 
 
-def _duplicates(count: int, sample: CatalogSample) -> list[tuple[str, int]]:
-    """Return the duplicates by their kind, if all rows are there to tell."""
-    if not sample.is_whole or schema.DUPLICATE_BY not in sample.table.column_names:
+def _duplicates(count: int, sample: CatalogSample, phases: Sequence[str]) -> list[tuple[str, int]]:
+    """Return the duplicates by the stage that found them, if all rows are there to tell."""
+    if not sample.is_whole or schema.PHASE not in sample.table.column_names:
         return [("duplicates", count)]
-    kinds = Counter(sample.table[schema.DUPLICATE_BY].filter(pa.array(_duplicate_mask(sample))).to_pylist())
-    names: dict[str | None, str] = {None: "duplicates", **{k: f"duplicates, {words}" for k, words in _BY.items()}}
-    order = [*_BY, None, *(k for k in kinds if k not in names)]
-    return [(names.get(kind, f"duplicates, {kind}"), kinds[kind]) for kind in order if kinds.get(kind)]
+    # What one finds may be told to be like what a later one keeps: only the phase says who it was.
+    found = Counter(sample.table[schema.PHASE].filter(pa.array(_duplicate_mask(sample))).to_pylist())
+    steps = []
+    for phase, name in enumerate(phases):
+        if n := found.pop(phase, 0):
+            steps.append((f"duplicates, {_KINDS.get(name, name)}" if name else "duplicates", n))
+    return steps + ([("duplicates", rest)] if (rest := sum(found.values())) else [])
 
 
 def _duplicate_mask(sample: CatalogSample) -> npt.NDArray[np.bool_]:

@@ -7,13 +7,15 @@ that need the whole data set (:class:`DatasetStage`).
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import decimal
 import enum
 import hashlib
+import inspect
 import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Final
 
@@ -35,6 +37,7 @@ __all__ = [
     "Worker",
     "check_count",
     "check_texts",
+    "code_digests",
     "columns_added",
     "stage_config",
 ]
@@ -244,6 +247,20 @@ def stage_config(stage: Stage) -> dict[str, Any]:
     return {"stage": f"{module}{kind.__qualname__}", **plain}
 
 
+def code_digests(stages: Iterable[Stage]) -> dict[str, str]:
+    """Return checksums of the source code of the classes of stages that are not imgcurate's own, where it is known."""
+    found = {}
+    for kind in {type(stage) for stage in stages}:
+        if not kind.__module__.startswith("imgcurate."):
+            with contextlib.suppress(OSError, TypeError):
+                found[f"{kind.__module__}.{kind.__qualname__}"] = _digest(inspect.getsource(kind).encode())
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         # One of float64 is a float of Python besides, which YAML does not take.
@@ -266,4 +283,4 @@ def _plain(value: Any) -> Any:
         return str(value)
     # The repr of most objects holds their address, which differs from run to run; their content does not.
     content = value.tobytes() if isinstance(value, np.ndarray) else cloudpickle.dumps(value)
-    return f"<{type(value).__module__}.{type(value).__qualname__} sha256:{hashlib.sha256(content).hexdigest()[:16]}>"
+    return f"<{type(value).__module__}.{type(value).__qualname__} sha256:{_digest(content)}>"

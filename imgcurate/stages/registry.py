@@ -11,7 +11,7 @@ import yaml
 
 from imgcurate.errors import ConfigError, nearest
 from imgcurate.stages.aesthetic import ImageAestheticFilterStage
-from imgcurate.stages.base import Stage, stage_config
+from imgcurate.stages.base import DatasetStage, Stage, stage_config
 from imgcurate.stages.caption import ImageCaptionFilterStage
 from imgcurate.stages.columns import ColumnFilterStage
 from imgcurate.stages.deduplication import SemanticDedupStage
@@ -24,7 +24,7 @@ from imgcurate.stages.rules import AnyRule, rule_of
 from imgcurate.stages.writer import ImageWriterStage
 from imgcurate.stages.zero_shot import ImageZeroShotFilterStage
 
-__all__ = ["STAGES", "find_stage", "make_stage", "pipeline_yaml", "recorded_rules"]
+__all__ = ["STAGES", "find_stage", "make_stage", "pipeline_yaml", "recorded_phases", "recorded_rules", "works_by_batch"]
 
 _WIDTH: Final = 100
 STAGES: Final[Mapping[str, type[Stage]]] = {
@@ -136,6 +136,31 @@ def pipeline_yaml(source: Mapping[str, Any], stages: Sequence[Stage]) -> str:
         "sidecar_columns": source["sidecar_columns"], "stages": entries,
     }  # fmt: skip
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=_WIDTH)
+
+
+def works_by_batch(entry: Mapping[str, Any]) -> bool:
+    """Return whether a stage, as a manifest tells it, is one which reads, or works batch by batch."""
+    name = entry["stage"]
+    if "." in name:
+        # Of stages of one's own those that work batch by batch tell their rules.
+        return "rules" in entry
+    kind = STAGES.get(name)
+    return kind is None or not issubclass(kind, DatasetStage | ImageWriterStage)
+
+
+def recorded_phases(config: Mapping[str, Any]) -> list[str]:
+    """Return for each phase of a run the stage that needed the whole data set; "" for phases of per-batch stages.
+
+    As :func:`imgcurate.plan.make_phases` divides them.
+    """
+    entries = [e for e in config.get("stages", []) if e["stage"] != ImageWriterStage.__name__]
+    phases = [""]
+    for entry in entries:
+        if not works_by_batch(entry):
+            phases.append(entry["stage"].rpartition(".")[2])
+        elif phases[-1]:
+            phases.append("")
+    return phases
 
 
 def recorded_rules(config: Mapping[str, Any]) -> tuple[AnyRule, ...]:

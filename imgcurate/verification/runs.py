@@ -122,7 +122,9 @@ class Verification:
         if not self.ok:
             return f"{self.n_problems:,} problem{'s' if self.n_problems > 1 else ''} in {self.folder}"
         n = self.checked
-        what = [f"{n[name]:,} {name}" for name in ("samples", "shards") if name in n] + [_size(n.get("nbytes", 0))]
+        counted = [(n[name], name) for name in ("samples", "shards") if name in n]
+        what = [f"{count:,} {name.removesuffix('s') if count == 1 else name}" for count, name in counted]
+        what += [_size(n.get("nbytes", 0))]
         how = "recorded" if self.quick or "shards" not in n else "in their sources"
         return f"{', '.join(what)}: all as {how}"
 
