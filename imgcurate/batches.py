@@ -21,7 +21,7 @@ from imgcurate.errors import ConfigError
 from imgcurate.lazy import torch
 from imgcurate.schema import RESERVED_STATUSES
 
-__all__ = ["ImageBatch", "PixelView"]
+__all__ = ["ImageBatch", "PixelView", "on_host"]
 
 Drop: TypeAlias = "tuple[npt.NDArray[np.bool_] | torch.Tensor, Sequence[str] | str, str | None]"
 
@@ -198,6 +198,28 @@ class ImageBatch:
         part._columns = {name: v if whole else _slice(v, start, stop) for name, v in self._columns.items()}
         return part
 
+    def take(self, index: npt.NDArray[np.int64]) -> ImageBatch:
+        """Return the samples at some positions as a batch of their own, which begins without drops; a copy."""
+        taken = copy.copy(self)
+        at = torch.as_tensor(index, device=self.device)
+        taken.rows, taken.drops = self.rows.iloc[index], []
+        taken._images = {view: v[at] for view, v in self._images.items()}
+        taken._columns = {name: _taken(v, index, at) for name, v in self._columns.items()}
+        return taken
+
+    @staticmethod
+    def concat(batches: Sequence[ImageBatch]) -> ImageBatch:
+        """Return batches of the same columns and views as one, which begins without drops."""
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+        whole = copy.copy(first)
+        whole.rows, whole.drops = pd.concat([b.rows for b in batches]), []
+        whole._images = {view: torch.cat([b._images[view] for b in batches]) for view in first._images}
+        nothing = [None] * len(batches)
+        whole._columns = {n: _joined(None, nothing, [b._columns[n] for b in batches]) for n in first._columns}
+        return whole
+
     def join(self, given: Sequence[ImageBatch], made: Sequence[ImageBatch]) -> ImageBatch:
         """Return the batch as it is after a stage that worked on parts of it.
 
@@ -231,6 +253,25 @@ class ImageBatch:
         }
         joined.drops = _joined_drops(made)
         return joined
+
+
+def on_host(values: Any) -> npt.NDArray[Any]:
+    """Return the values of a column of a batch as a NumPy array."""
+    if not isinstance(values, np.ndarray) and isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # NumPy has no such type.
+        values = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
+    return np.asarray(values)
+
+
+def _taken(values: Any, index: npt.NDArray[np.int64], at: torch.Tensor) -> Any:
+    if isinstance(values, torch.Tensor):
+        return values[at.to(values.device)]
+    if isinstance(values, pd.Series):
+        return values.iloc[index]
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values.take(pa.array(index))
+    return values[index] if isinstance(values, np.ndarray) else [values[i] for i in index.tolist()]
 
 
 def _slice(values: Any, start: int, stop: int) -> Any:

@@ -191,6 +191,9 @@ def curate(
     sidecars: Annotated[
         bool, typer.Option("--sidecars/--no-sidecars", help="Join the Parquet files beside tars, as of img2dataset.")
     ] = True,
+    skip_dropped: Annotated[
+        bool, typer.Option("--skip-dropped", help="Embed only what --quality, --where, --is-in and the like keep.")
+    ] = False,
     text_column: Annotated[
         list[str] | None,
         typer.Option(metavar="EXT", help="Make a column of the members .EXT, such as txt or json; repeatable."),
@@ -247,7 +250,13 @@ def curate(
         except ConfigError as exc:
             raise ConfigError(f"--quality: {str(exc).removeprefix('ranges: ')}") from exc
     if embeds:
-        stages.append(ImageEmbeddingStage(encoder, pretrained, model_dir, model_inference_batch_size=batch_size))
+        stages.append(
+            ImageEmbeddingStage(
+                encoder, pretrained, model_dir, model_inference_batch_size=batch_size, skip_dropped=skip_dropped
+            )
+        )
+    elif skip_dropped:
+        raise ConfigError("--skip-dropped spares the encoder what others drop: it needs an --encoder")
     if min_aesthetic is not None:
         stages.append(ImageAestheticFilterStage(min_aesthetic, model_dir))
     if max_nsfw is not None:
@@ -265,7 +274,7 @@ def curate(
     if prompts:
         stages.append(ImageZeroShotFilterStage(**{"labels": {}, **prompts, **model}))
     if by_columns := column_options(where, is_in, is_not_in):
-        stages.append(ColumnFilterStage(**by_columns))
+        _add_column_filter(stages, ColumnFilterStage(**by_columns))
     if exact_dedup:
         stages.append(ExactDedupStage(keep_by=keep_by))
     if perceptual is not None:
@@ -295,6 +304,13 @@ def curate(
         max_failed=max_failed or 0, retry_failed=retry_failed, report=report, log=log_json,
         performance_report=performance_report,
     )  # fmt: skip
+
+
+def _add_column_filter(stages: list[Any], columns: Any) -> None:
+    """Put a filter on columns where they are there: before an encoder that is spared what it drops, if it can be."""
+    at = next((i for i, stage in enumerate(stages) if stage.skip_dropped), len(stages))
+    made = {column for stage in stages[at:] for column in stage.adds}
+    stages.insert(len(stages) if made & set(columns.needs) else at, columns)
 
 
 @app.command(epilog="Example: imgcurate run pipeline.yaml -o OUT --set stages.SemanticDedupStage.eps=0.03")

@@ -228,8 +228,8 @@ def _input_difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> s
             if not alike:
                 return f"inputs: {len(old)} there, {len(new)} asked for; {shard['url']} is not among them any more"
             if {**shard, "sidecar": None} == {**alike[0], "sidecar": None}:
-                before, now = shard.get("sidecar"), alike[0].get("sidecar")
-                what = "has changed" if before and now else "was not there" if now else "is gone"
+                was, is_ = shard.get("sidecar"), alike[0].get("sidecar")
+                what = "has changed" if was and is_ else "was not there" if is_ else "is gone"
                 return f"inputs: the table of metadata of {shard['url']} {what}"
             return f"inputs: {shard['url']} has changed: {difference(shard, alike[0])}"
     return f"inputs: {len(old)} there, {len(new)} asked for"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import operator
@@ -246,7 +247,26 @@ def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[
         config = {**stage_config(added), **added.fingerprint()}
         out.insert(_place(out, added), _Recorded(name, config, added, computes))
     _check_own(recorded, out)
+    _check_skipped(recorded, out, run)
     return out
+
+
+def _check_skipped(recorded: Sequence[_Recorded], decided: Sequence[_Recorded], run: str) -> None:
+    """Refuse to bring back samples that a stage was spared, for they have no embedding."""
+
+    def before(stages: Sequence[_Recorded]) -> list[AnyRule]:
+        some = itertools.takewhile(lambda r: not r.config.get("skip_dropped"), stages)
+        return [rule for r in some if isinstance(r.stage, ProcessingStage) for rule in r.stage.rules]
+
+    if not any(r.config.get("skip_dropped") for r in recorded):
+        return
+    now = before(decided)
+    gone = [rule for rule in before(recorded) if rule not in now]
+    if gone:
+        raise ConfigError(
+            f"{run} did not embed what {gone[0].words} did not keep (skip_dropped), so that cannot be decided anew "
+            "without decoding; what comes after the embeddings can"
+        )
 
 
 def _check_own(recorded: Sequence[_Recorded], decided: Sequence[_Recorded]) -> None:

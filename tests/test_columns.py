@@ -299,3 +299,88 @@ def test_a_column_that_is_misspelt_is_told_with_those_of_sidecars(shards: Path, 
     stages = [ic.FilePartitioningStage(str(shards)), ic.ImageReaderStage()]
     with pytest.raises(ConfigError, match=r"did you mean 'pwatermark'.*--json-column"):
         ic.Pipeline([*stages, ic.ColumnFilterStage({"pwatermrk": (None, 0.5)})]).plan()
+
+
+class Counting(ic.ProcessingStage):
+    """A stage of one's own that dropped samples do not come to, and that says how many came at once."""
+
+    name = "counting"
+    needs = ("image", "key")
+    views = (ic.PixelView(8, 8),)
+    adds = {"of_batch": "int32", "mean": "float32"}
+    skip_dropped = True
+
+    def process(self, batch: ic.ImageBatch) -> ic.ImageBatch:
+        batch["of_batch"] = np.full(len(batch), len(batch))
+        batch["mean"] = batch.pixels(self.views[0]).float().mean(dim=(1, 2, 3))
+        return batch
+
+
+class Odd(ic.ProcessingStage):
+    """Drops by its code, and makes a column of its own."""
+
+    name = "odd"
+    needs = ("key",)
+    adds = {"last": "int8"}
+
+    def process(self, batch: ic.ImageBatch) -> ic.ImageBatch:
+        batch["last"] = [int(key[-1]) for key in batch["key"]]
+        batch.drop([key.endswith("1") for key in batch["key"]], "ends so")
+        return batch
+
+
+def test_what_was_dropped_is_not_computed_on(shards: Path, client: Client, tmp_path: Path) -> None:
+    where = ic.ColumnFilterStage({"source_width": (101, None)}, is_not_in={"meta.license": ["nc"]})
+    rules = [ic.ImageQualityFilterStage({"brightness": (0.5, None)}), where, Odd()]
+
+    def make(out: str, *stages: Any) -> pd.DataFrame:
+        source = ic.FilePartitioningStage(str(shards), 2)
+        reader = ic.ImageReaderStage(dali_batch_size=3, json_columns=JSON_COLUMNS)
+        done = ic.Pipeline([source, reader, *stages, ic.SemanticDedupStage(), ic.ImageWriterStage()]).run(
+            str(tmp_path / out), client=client
+        )
+        return rows_of(done)
+
+    class All(Counting):
+        skip_dropped = False
+
+    tiny = ic.ImageEmbeddingStage("tiny-image")
+    spared, whole = make("A", *rules, Counting(), tiny), make("B", *rules, All(), tiny)
+    assert list(spared.status) == list(whole.status)
+    assert list(spared.reason) == list(whole.reason)
+    kept = np.array(spared.status == "ok")
+    assert list(spared.key[kept]) == ["02", "04", "12", "14"]
+    assert whole.embedding.notna().all()
+    assert list(spared.embedding.notna()) == list(kept)
+    assert list(spared["mean"].notna()) == list(kept)
+    assert spared["last"].notna().all()
+    assert spared.brightness.tolist() == whole.brightness.tolist()
+    np.testing.assert_array_equal(spared["mean"][kept], whole["mean"][kept])
+    for ours, theirs in zip(spared.embedding[kept], whole.embedding[kept], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    # Four are left of four batches of three: one whole batch, and the rest.
+    assert spared.of_batch[kept].tolist() == [3, 3, 3, 1]
+
+
+def test_what_was_spared_is_not_brought_back(shards: Path, client: Client, tmp_path: Path) -> None:
+    embed = ic.ImageEmbeddingStage("tiny-image", skip_dropped=True)
+    result = run(shards, tmp_path / "OUT", client, ic.ColumnFilterStage({"pwatermark": (None, 0.5)}), embed)
+    assert result.counts == {"ok": 4, "column": 8}
+    for change in (None, {"ranges": {"pwatermark": (None, 0.9)}}, {"ranges": {}}):
+        with pytest.raises(ConfigError, match=r"did not embed what pwatermark <= 0.5 did not keep \(skip_dropped\)"):
+            ic.refilter(result.output_dir, str(tmp_path / "ANEW"), {"ColumnFilterStage": change}, client=client)
+    stricter = {"ColumnFilterStage": {"ranges": {"pwatermark": (None, 0.5)}, "is_in": {"key": ["00", "02"]}}}
+    anew = ic.refilter(result.output_dir, str(tmp_path / "ANEW"), stricter, client=client)
+    assert anew.counts == {"ok": 2, "column": 10}
+    with pytest.raises(ConfigError, match="skip_dropped=1 should be true or false"):
+        ic.ImageEmbeddingStage("tiny-image", skip_dropped=1)
+
+
+def test_the_command_puts_filters_before_an_encoder_that_skips(shards: Path, tmp_path: Path) -> None:
+    options = ["--encoder", "tiny-image", "--skip-dropped", *MARK, "--where", "pwatermark=:0.5", *QUICK]
+    done = CliRunner().invoke(app, ["curate", str(shards), "-o", str(tmp_path / "OUT"), *options])
+    assert done.exit_code == 0, done.output
+    rows = pd.concat(pd.read_parquet(p) for p in sorted((tmp_path / "OUT/catalog").glob("*.parquet")))
+    assert rows.embedding.notna().sum() == 4
+    fails = ["curate", str(shards), "-o", str(tmp_path / "X"), "--encoder", "none", "--skip-dropped"]
+    assert "it needs an --encoder" in str(CliRunner().invoke(app, fails).exception)

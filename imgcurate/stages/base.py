@@ -131,6 +131,9 @@ class ProcessingStage(Stage):
         come to the stage.
     texts : tuple of str
         Columns of ``needs`` that have to hold text.
+    skip_dropped : bool
+        Whether samples that a stage before this one has dropped do not come to it, nor to the stages after it: their
+        columns are null then. Only where images are decoded.
 
     Examples
     --------
@@ -152,6 +155,7 @@ class ProcessingStage(Stage):
     encoder: str | None = None
     nullable: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    skip_dropped: bool = False
 
     def setup(self, worker: Worker) -> None:
         """Load what the stage needs; called once per worker process, before the first batch."""
@@ -243,6 +247,7 @@ def stage_config(stage: Stage) -> dict[str, Any]:
         plain |= {
             name: _plain(getattr(stage, name)) for name in ("rules", "views", "facts", "adds", "needs", "encoder")
         }
+        plain |= {"skip_dropped": True} if stage.skip_dropped else {}
     module = "" if kind.__module__.startswith("imgcurate.") else f"{kind.__module__}."
     return {"stage": f"{module}{kind.__qualname__}", **plain}
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from imgcurate import schema
 from imgcurate.batches import ImageBatch, PixelView
+from imgcurate.errors import ConfigError
 from imgcurate.models.encoders import Encoder, EncoderSpec, load_encoder
 from imgcurate.models.weights import absolute_path
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker
@@ -49,11 +50,15 @@ class ImageEmbeddingStage(ProcessingStage):
         capability 8.9 or more, see ``docs/performance.md`` for what it costs.
     compile : bool or "auto"
         Whether the model is compiled; ``auto`` compiles open_clip's own transformers on a GPU, in some seconds.
+    skip_dropped : bool
+        Embed only what the stages before this one keep, in batches that are filled up with the next ones: cheap filters
+        before a large model save its time. What they drop has no embedding and no scores, so that ``refilter`` cannot
+        bring it back.
 
     Raises
     ------
     ConfigError
-        If the model or the tag is unknown.
+        If the model or the tag is unknown, or a parameter is not what it should be.
     WeightsError
         When the run starts, if the weights are missing and cannot be downloaded.
 
@@ -70,6 +75,7 @@ class ImageEmbeddingStage(ProcessingStage):
     remove_image_data: bool = False
     precision: str = "auto"
     compile: bool | Literal["auto"] = "auto"
+    skip_dropped: bool = False
 
     name: ClassVar[str] = "ImageEmbeddingStage"
     needs: ClassVar[tuple[str, ...]] = (IMAGE,)
@@ -81,6 +87,8 @@ class ImageEmbeddingStage(ProcessingStage):
     def __post_init__(self) -> None:
         self.model_dir = absolute_path(self.model_dir)
         self.pretrained = absolute_weights(self.pretrained)
+        if not isinstance(self.skip_dropped, bool):
+            raise ConfigError(f"skip_dropped={self.skip_dropped!r} should be true or false")
         self._spec = EncoderSpec(
             self.model, self.pretrained, self.model_dir, self.precision, self.model_inference_batch_size, self.compile
         )

@@ -26,13 +26,14 @@ from imgcurate.backend import (
     get_backend,
     list_array,
 )
-from imgcurate.batches import ImageBatch
+from imgcurate.batches import ImageBatch, on_host
 from imgcurate.errors import ConfigError
 from imgcurate.heartbeat import Tell
 from imgcurate.lazy import torch
 from imgcurate.memory import keep_freed_memory
 from imgcurate.stages.base import IMAGE, ProcessingStage, Worker, columns_added
 from imgcurate.stages.fitting import BatchLimit, process_batch
+from imgcurate.stages.narrowing import Narrowing, first_that_skips
 from imgcurate.stages.reading import ImageReaderStage, read_pixels
 from imgcurate.stages.rules import AnyRule
 
@@ -102,24 +103,42 @@ class Program:
         pa.Table
             The same rows with the stages' columns; ``status`` and ``reason`` of rows that left are set.
         """
-        stages, limits, worker = _prepared(self)
+        stages, _, worker = _prepared(self)
         results = _Results(table, self.types)
+        known = {f.name: f.type for f in table.schema}
+        first = first_that_skips(stages) if self.decodes else len(stages)
+        size = worker.backend.batch_size(self.reader.dali_batch_size) if self.reader is not None else _BATCH_ROWS
+        left = Narrowing(stages[:first], {**known, **self.types}, size)
         with contextlib.closing(worker.backend.holder()) as holder:
             for positions, batch in self._batches(table, stages, worker, results, isolated):
                 pixels = batch.all_pixels()
-                current = batch
-                for k, stage in enumerate(stages):
-                    current = process_batch(stage, current, limits[k], worker.backend)
-                    _check_columns(stage, current, self.types)
-                    results.take_drops(k, stage, positions, current)
-                    if IMAGE in stage.removes:
-                        current.remove_pixels()
-                results.take_columns(positions, current)
+                current, dropped = self._through(0, first, positions, batch, results)
+                if first < len(stages):
+                    for some, rest in left.add(positions, current, dropped):
+                        self._through(first, len(stages), some, rest, results)
                 if tell is not None:
                     tell(len(positions))
                 holder.hold(pixels)
+            for some, rest in left.rest():
+                self._through(first, len(stages), some, rest, results)
         results.apply_rules(stages)
-        return results.table(self.output_schema(table.column_names, {f.name: f.type for f in table.schema}))
+        return results.table(self.output_schema(table.column_names, known))
+
+    def _through(
+        self, start: int, stop: int, positions: npt.NDArray[np.int64], batch: ImageBatch, results: _Results
+    ) -> tuple[ImageBatch, list[Any]]:
+        """Bring a batch through some stages; return what they made of it, and the masks of what they dropped."""
+        stages, limits, worker = _prepared(self)
+        dropped: list[Any] = []
+        for k in range(start, stop):
+            batch = process_batch(stages[k], batch, limits[k], worker.backend)
+            _check_columns(stages[k], batch, self.types)
+            dropped += [mask for mask, _, _ in batch.drops]
+            results.take_drops(k, stages[k], positions, batch)
+            if IMAGE in stages[k].removes:
+                batch.remove_pixels()
+        results.take_columns(positions, batch, [name for stage in stages[start:stop] for name in stage.adds])
+        return batch, dropped
 
     def _batches(
         self, table: pa.Table, stages: Sequence[ProcessingStage], worker: Worker, results: _Results, isolated: bool
@@ -210,8 +229,8 @@ class _Results:
             self._drops.append((k, positions, _leaving(mask), reason, status or stage.name))
         batch.drops = []
 
-    def take_columns(self, positions: npt.NDArray[np.int64], batch: ImageBatch) -> None:
-        for name in self._types:
+    def take_columns(self, positions: npt.NDArray[np.int64], batch: ImageBatch, names: Sequence[str]) -> None:
+        for name in names:
             if name != IMAGE:
                 self._parts.setdefault(name, []).append((positions, _leaving(batch[name])))
 
@@ -220,7 +239,7 @@ class _Results:
         for k, stage in enumerate(stages):
             for at, positions, mask, reason, status in self._drops:
                 if at == k:
-                    self._drop(positions, _host(mask).astype(bool), reason, status)
+                    self._drop(positions, on_host(mask).astype(bool), reason, status)
             for rule in stage.rules:
                 valid, values = self._compared(stage, rule)
                 left = np.full(len(valid), not rule.keeps_missing)
@@ -253,7 +272,7 @@ class _Results:
             else:
                 for positions, _ in parts:
                     valid[positions] = True
-                values = [_host(v) for _, v in parts]
+                values = [on_host(v) for _, v in parts]
                 self._gathered[name] = valid, np.concatenate(values) if values else np.empty(0)
         return self._gathered[name]
 
@@ -308,14 +327,6 @@ def _leaving(values: Any) -> Any:
         return values
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     return host.copy_(values.detach(), non_blocking=True)
-
-
-def _host(values: Any) -> npt.NDArray[Any]:
-    if not isinstance(values, np.ndarray) and isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        # NumPy has no such type.
-        values = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
-    return np.asarray(values)
 
 
 _lock = threading.Lock()
