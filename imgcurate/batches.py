@@ -75,6 +75,8 @@ class ImageBatch:
         Columns as tensors on the device, such as ``embedding`` of shape (n, d).
     device : str
         The torch device, ``cpu`` or ``cuda:0``.
+    encoded : list of n bytes, optional
+        The files of the images.
 
     Attributes
     ----------
@@ -89,6 +91,7 @@ class ImageBatch:
         images: Mapping[PixelView, torch.Tensor] | None = None,
         columns: Mapping[str, Any] | None = None,
         device: str = "cpu",
+        encoded: Sequence[bytes] | None = None,
     ) -> None:
         self.rows = rows
         self.device = device
@@ -97,6 +100,7 @@ class ImageBatch:
         self._columns: dict[str, Any] = dict(columns or {})
         self.given = frozenset(self._columns)
         self.at_most: int | None = None
+        self._encoded = encoded
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -117,6 +121,22 @@ class ImageBatch:
             )
         return self._images[view]
 
+    @property
+    def encoded(self) -> Sequence[bytes]:
+        """The files of the images, n bytes objects, as they are in the shards.
+
+        Raises
+        ------
+        ConfigError
+            If no stage asked for them, or they went with the pixels.
+        """
+        if self._encoded is None:
+            raise ConfigError(
+                "the batch holds no files of images: set 'encoded = True' in the stage, name 'image' in its 'needs', "
+                "and keep remove_image_data=False on the stages before"
+            )
+        return self._encoded
+
     def all_pixels(self) -> list[torch.Tensor]:
         """Return the pixels of all views."""
         return list(self._images.values())
@@ -124,6 +144,7 @@ class ImageBatch:
     def remove_pixels(self) -> None:
         """Free all pixels; later stages of this batch see columns alone."""
         self._images.clear()
+        self._encoded = None
 
     def __getitem__(self, column: str) -> Any:
         """Return a column: a tensor on the device if a stage made it, else a pandas Series."""
@@ -194,6 +215,7 @@ class ImageBatch:
         part = copy.copy(self)
         part.rows = self.rows if whole else self.rows.iloc[start:stop]
         part.drops = []
+        part._encoded = self._encoded if whole or self._encoded is None else self._encoded[start:stop]
         part._images = {view: v if whole else v[start:stop] for view, v in self._images.items()}
         part._columns = {name: v if whole else _slice(v, start, stop) for name, v in self._columns.items()}
         return part
@@ -203,6 +225,7 @@ class ImageBatch:
         taken = copy.copy(self)
         at = torch.as_tensor(index, device=self.device)
         taken.rows, taken.drops = self.rows.iloc[index], []
+        taken._encoded = None if self._encoded is None else [self._encoded[i] for i in index.tolist()]
         taken._images = {view: v[at] for view, v in self._images.items()}
         taken._columns = {name: _taken(v, index, at) for name, v in self._columns.items()}
         return taken
@@ -215,6 +238,8 @@ class ImageBatch:
             return first
         whole = copy.copy(first)
         whole.rows, whole.drops = pd.concat([b.rows for b in batches]), []
+        if first._encoded is not None:
+            whole._encoded = [data for b in batches for data in b.encoded]
         whole._images = {view: torch.cat([b._images[view] for b in batches]) for view in first._images}
         nothing = [None] * len(batches)
         whole._columns = {n: _joined(None, nothing, [b._columns[n] for b in batches]) for n in first._columns}
@@ -241,6 +266,7 @@ class ImageBatch:
             if not all(name in part._columns for part in made):
                 raise ConfigError(f"the column {name!r} was set for some images and not for others: set it for all")
         kept = all(m.rows is g.rows for m, g in zip(made, given, strict=True))
+        joined._encoded = self._encoded if made[0]._encoded is not None else None
         joined.rows = self.rows if kept else pd.concat([part.rows for part in made])
         joined._images = {
             view: _joined(self._images.get(view), [g._images.get(view) for g in given], [m._images[view] for m in made])

@@ -74,6 +74,8 @@ class Decoded:
         The status of each row: ``ok``, ``decode_error``, ``too_small`` or ``decoder_crash``.
     facts : mapping of str to ndarray of shape (n_ok,)
         What was asked for of :data:`imgcurate.facts.FACTS`, of the images that decoded.
+    encoded : list of bytes
+        The files of the images that decoded, if they were asked for.
     """
 
     ok: npt.NDArray[np.bool_]
@@ -83,6 +85,7 @@ class Decoded:
     heights: npt.NDArray[np.int32]
     statuses: list[str]
     facts: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    encoded: list[bytes] = field(default_factory=list)
 
 
 class Decoder:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
+from PIL import Image
 from typer.testing import CliRunner
 
 import imgcurate as ic
@@ -384,3 +388,57 @@ def test_the_command_puts_filters_before_an_encoder_that_skips(shards: Path, tmp
     assert rows.embedding.notna().sum() == 4
     fails = ["curate", str(shards), "-o", str(tmp_path / "X"), "--encoder", "none", "--skip-dropped"]
     assert "it needs an --encoder" in str(CliRunner().invoke(app, fails).exception)
+
+
+class Files(ic.ProcessingStage):
+    """A stage of one's own that looks at the files."""
+
+    name = "files"
+    needs = ("image",)
+    encoded = True
+    adds = {"digest": "string", "pixels": "int64"}
+
+    def process(self, batch: ic.ImageBatch) -> ic.ImageBatch:
+        assert isinstance(batch.encoded, (list, tuple))
+        batch["digest"] = [hashlib.sha256(data).hexdigest() for data in batch.encoded]
+        sizes = [Image.open(io.BytesIO(data)).size for data in batch.encoded]
+        assert [s[0] for s in sizes] == list(batch["width"])
+        batch["pixels"] = np.array([w * h for w, h in sizes])
+        return batch
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_stages_of_ones_own_see_the_files(
+    skips: bool, shards: Path, client: Client, tmp_path: Path, photos, encode
+) -> None:
+    members = {"bad": {"jpg": b"no image"}, "good": {"jpg": encode(Image.new("RGB", (50, 40)))}}
+    with tarfile.open(shards / "00002.tar", "w") as tar:
+        for key, files in members.items():
+            for ext, data in files.items():
+                info = tarfile.TarInfo(f"{key}.{ext}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    class Late(Files):
+        skip_dropped = skips
+
+    before = ic.ColumnFilterStage(is_not_in={"key": ["01", "12"]})
+    rows = rows_of(run(shards, tmp_path / "OUT", client, before, Late(), ic.ImageEmbeddingStage("tiny-image")))
+    stored = {}
+    for path in sorted(shards.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            stored |= {m.name: hashlib.sha256(tar.extractfile(m).read()).hexdigest() for m in tar if ".jpg" in m.name}
+    seen = rows.key[rows.digest.notna()]
+    assert len(seen) == (11 if skips else 13)
+    assert dict(zip(seen, rows.digest.dropna(), strict=True)) == {k: stored[f"{k}.jpg"] for k in seen}
+    assert rows.status[rows.key == "bad"].tolist() == ["decode_error"]
+
+
+def test_files_that_nobody_asked_for_are_not_there() -> None:
+    batch = ic.ImageBatch(pd.DataFrame({"key": ["a", "b"]}), encoded=[b"a", b"b"])
+    assert list(batch.part(1, 2).encoded) == [b"b"]
+    assert list(ic.ImageBatch.concat([batch.take(np.array([1])), batch]).encoded) == [b"b", b"a", b"b"]
+    batch.remove_pixels()
+    for none in (batch, ic.ImageBatch(pd.DataFrame({"key": ["a"]}))):
+        with pytest.raises(ConfigError, match="set 'encoded = True' in the stage"):
+            _ = none.encoded

@@ -122,6 +122,9 @@ class ProcessingStage(Stage):
     facts : tuple of str
         What the decoder should tell of each image besides, of :data:`imgcurate.facts.FACTS`: columns of
         ``batch.rows`` with these names, which are the stage's if it declares them in ``adds``.
+    encoded : bool
+        Whether the stage takes the files of the images, as ``batch.encoded``: for all that pixels of a fixed size do
+        not tell, at the price of decoding them itself.
     rules : tuple of Rule or ValueRule
         Thresholds on columns, and values of columns.
     encoder : str or None
@@ -151,6 +154,7 @@ class ProcessingStage(Stage):
 
     views: tuple[PixelView, ...] = ()
     facts: tuple[str, ...] = ()
+    encoded: bool = False
     rules: tuple[AnyRule, ...] = ()
     encoder: str | None = None
     nullable: tuple[str, ...] = ()

@@ -147,19 +147,25 @@ class Program:
         lists = [f.name for f in table.schema if pa.types.is_list(f.type)]
         rows = worker_frame(table.drop_columns(lists))
         facts = tuple(dict.fromkeys(fact for stage in stages for fact in stage.facts))
+        encoded = any(stage.encoded for stage in stages)
+        if encoded and not views:
+            # Of what the decoder makes nothing else is asked for.
+            facts = facts or (schema.CONTENT_HASH,)
         if self.reader is None or not (views or facts):
             yield from _column_batches(table, rows, stages, worker)
             return
         for positions, decoded in read_pixels(
             table, views, self.reader, worker.backend,
-            num_threads=worker.num_threads, storage_options=self.storage_options, facts=facts, isolated=isolated,
+            num_threads=worker.num_threads, storage_options=self.storage_options, facts=facts, encoded=encoded,
+            isolated=isolated,
         ):  # fmt: skip
             results.take_decoded(positions, decoded)
             good = positions[decoded.ok]
             if len(good):
                 sizes = {schema.WIDTH: decoded.widths[decoded.ok], schema.HEIGHT: decoded.heights[decoded.ok]}
                 known = rows.iloc[good].assign(**sizes, **decoded.facts)
-                yield good, ImageBatch(known, decoded.images, device=worker.device)
+                files = decoded.encoded if encoded else None
+                yield good, ImageBatch(known, decoded.images, device=worker.device, encoded=files)
 
 
 def _check_columns(stage: ProcessingStage, batch: ImageBatch, types: Mapping[str, pa.DataType]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import queue
@@ -177,12 +178,14 @@ def read_pixels(
     num_threads: int,
     storage_options: Mapping[str, Any] | None = None,
     facts: Sequence[str] = (),
+    encoded: bool = False,
     isolated: bool = False,
 ) -> Iterator[tuple[npt.NDArray[np.int64], Decoded]]:
     """Read and decode the images of a partition, ahead of the caller.
 
     While the caller works on batch n, batch n + 1 is decoded and the bytes of n + 2 are read. Where
-    `isolated` is true, a process of its own decodes: see :mod:`imgcurate.isolation`.
+    `isolated` is true, a process of its own decodes: see :mod:`imgcurate.isolation`. Where `encoded` is true, the files
+    of the images come along.
 
     Yields
     ------
@@ -214,7 +217,14 @@ def read_pixels(
     with borrow(views, backend, **options) as decoder:
         read = _read_chunks(table, wanted, max(size, 1), storage_options, _MAX_CHUNK_BYTES[backend.name])
         chunks = prefetch(read, depth=1)
-        yield from prefetch(((c.positions, decoder.decode(c.blobs)) for c in chunks), depth=1)
+        yield from prefetch(((c.positions, _decoded(decoder, c.blobs, encoded)) for c in chunks), depth=1)
+
+
+def _decoded(decoder: Any, blobs: list[bytes], encoded: bool) -> Decoded:
+    decoded: Decoded = decoder.decode(blobs)
+    if not encoded:
+        return decoded
+    return dataclasses.replace(decoded, encoded=[b for b, ok in zip(blobs, decoded.ok, strict=True) if ok])
 
 
 def _refused(nbytes: npt.NDArray[np.int64], limit: int) -> Decoded:
