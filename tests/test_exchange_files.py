@@ -77,6 +77,36 @@ def test_every_sample_is_in_one_table_and_embeddings_go_with_their_rows(run: Res
     assert np.array_equal(x, np.stack(catalog.embedding[kept.uid]))
 
 
+def test_what_left_is_told_with_all_columns(run: Result, tmp_path: Path) -> None:
+    export_run(run.output_dir, str(tmp_path / "T"))
+    removed, table = (pd.read_csv(tmp_path / "T/removed.csv"), pd.read_parquet(tmp_path / "T/removed.parquet"))
+    catalog = run.catalog.compute()
+    assert set(catalog.columns) - set(table.columns) == {"spans", "files", "offset", "phase", "embedding"} & set(
+        catalog.columns
+    )
+    assert list(removed.uid) == list(table.uid)
+    left = catalog[catalog.status != "ok"].set_index("uid").loc[table.uid]
+    assert list(table.reason) == list(left.reason)
+    assert "path" not in table.columns
+
+
+def test_images_that_are_files_have_their_path(tmp_path: Path, client: Client, photos, encode) -> None:
+    for name in ("a/one.jpg", "b/two #%41.jpg", "b/bad.jpg"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photos[len(name)]) if "bad" not in name else b"no image")
+    (tmp_path / "in" / "metadata.csv").write_text("file_name,path\na/one.jpg,mine\n")
+    stages = [FilePartitioningStage(str(tmp_path / "in")), ImageReaderStage(), ImageEmbeddingStage("tiny-image")]
+    done = Pipeline(stages).run(str(tmp_path / "OUT"), client=client)
+    export_run(done.output_dir, str(tmp_path / "T"), ALL)
+    kept, removed = (pd.read_parquet(tmp_path / "T" / f"{name}.parquet") for name in ("kept", "removed"))
+    assert sorted(kept.source_path) == [str(tmp_path / "in/a/one.jpg"), str(tmp_path / "in/b/two #%41.jpg")]
+    assert kept.path.dropna().tolist() == ["mine"]
+    assert removed.source_path.tolist() == [str(tmp_path / "in/b/bad.jpg")]
+    assert pd.read_csv(tmp_path / "T/removed.csv").source_path.tolist() == removed.source_path.tolist()
+    assert all(Path(path).is_file() for path in kept.source_path)
+
+
 def test_pandas_and_dask_read_whole_numbers_without_loss(run: Result, tmp_path: Path) -> None:
     export_run(run.output_dir, str(tmp_path / "T"))
     exact = {c: pq.read_table(f"{run.output_dir}/catalog")[c].to_pylist() for c in ("uid", "duplicate_of", "width")}
