@@ -86,6 +86,7 @@ def refilter(
     which_to_keep: Annotated[str | None, one_of("hard", "easy", "random", help="Who stays of equals.")] = None,
     keep_by: Annotated[list[str] | None, typer.Option(help="What decides first who stays; repeatable.")] = None,
     reference: Annotated[list[str] | None, typer.Option(help="Run whose kept samples stay kept; repeatable.")] = None,
+    only_reference: OnlyReference = False,
     images_per_tar: Annotated[int | None, typer.Option(min=1, help="Samples per output shard.")] = None,
     storage_option: StorageOption = None,
     device: Device = "auto",
@@ -106,7 +107,7 @@ def refilter(
     from imgcurate.refiltering import stages_of
 
     if dedup is False:
-        moot = ["eps", "n_clusters", "eps_list", "which_to_keep", "reference"]
+        moot = ["eps", "n_clusters", "eps_list", "which_to_keep", "reference", "only_reference"]
         refuse_options(ctx, moot, "does nothing beside --no-dedup")
     if no_perceptual:
         refuse_options(ctx, ["perceptual"], "does nothing beside --no-perceptual")
@@ -123,7 +124,7 @@ def refilter(
         },
         "SemanticDedupStage": {
             "eps": eps, "n_clusters": n_clusters, "which_to_keep": which_to_keep, "keep_by": keep_by,
-            "reference": reference, "eps_list": eps_list,
+            "reference": reference, "only_reference": only_reference or None, "eps_list": eps_list,
         },
         "ImageWriterStage": {"images_per_tar": images_per_tar},
     }  # fmt: skip
@@ -157,6 +158,7 @@ def report(
     show_nsfw: Annotated[
         bool, typer.Option("--show-nsfw", help="Do not blur pictures with a high nsfw_score.")
     ] = False,
+    groups: Annotated[int, typer.Option(min=1, max=1000, help="Groups of duplicates to show of each kind.")] = 10,
     storage_option: StorageOption = None,
 ) -> None:
     """Make the report of a run again: one HTML page with pictures of what stayed and what left."""
@@ -164,7 +166,7 @@ def report(
     from imgcurate.report import make_report
 
     options = storage_options(storage_option or [])
-    typer.echo(make_report(run, output, show_nsfw=show_nsfw, storage_options=options))
+    typer.echo(make_report(run, output, show_nsfw=show_nsfw, groups=groups, storage_options=options))
 
 
 @app.command(

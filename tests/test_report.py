@@ -106,6 +106,17 @@ class Tags(HTMLParser):
             self.scripts[-1] += data
 
 
+def test_more_groups_are_shown_if_they_are_asked_for(run: Result, tmp_path: Path) -> None:
+    _, rows = of(run)
+    (title, largest), *_ = findings.groups(rows, 1)
+    assert (title, len(largest)) == ("The largest groups", 1)
+    all_of_them = findings.groups(rows, 1000)[0][1]
+    assert len(all_of_them) == len({g.keeper for g in all_of_them}) > 1
+    assert sum(g.size for g in all_of_them) == run.counts["duplicate"]
+    few, many = (make_report(run.output_dir, str(tmp_path / f"{n}.html"), groups=n) for n in (1, 1000))
+    assert Path(many).stat().st_size > Path(few).stat().st_size
+
+
 def test_funnel_accounts_for_every_sample(run: Result) -> None:
     manifest, rows = of(run)
     steps = findings.funnel(manifest, rows)

@@ -19,6 +19,7 @@ from imgcurate.stages.registry import recorded_phases, recorded_rules
 from imgcurate.stages.rules import AnyRule, Rule
 
 __all__ = [
+    "GROUPS",
     "ErrorKind",
     "Examples",
     "Group",
@@ -33,10 +34,11 @@ __all__ = [
     "scores",
 ]
 
+GROUPS: Final = 10
+"""How many groups of duplicates a report shows, if nothing else is asked for."""
 _BINS: Final = 48
 _EXAMPLES: Final = 6
 _MAX_SCORES: Final = 16
-_GROUPS: Final = 10
 _MEMBERS: Final = 8
 _MAX_ERRORS: Final = 40
 _TAIL: Final = 0.995
@@ -262,8 +264,11 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.3g}"
 
 
-def groups(sample: CatalogSample) -> list[tuple[str, list[Group]]]:
-    """Return groups of duplicates: the largest, and, if they are others, those least like the sample that stayed."""
+def groups(sample: CatalogSample, most: int = GROUPS) -> list[tuple[str, list[Group]]]:
+    """Return groups of duplicates: the largest, and, if they are others, those least like the sample that stayed.
+
+    So many of either, at `most`.
+    """
     if schema.DUPLICATE_OF not in sample.table.column_names:
         return []
     rows = np.flatnonzero(_duplicate_mask(sample) & np.isfinite(sample.numbers(schema.DUPLICATE_OF)))
@@ -282,11 +287,11 @@ def groups(sample: CatalogSample) -> list[tuple[str, list[Group]]]:
     # Of NumPy 2.0 it has two dimensions.
     names = keepers, inverse.reshape(-1), sizes
     out = []
-    largest = np.argsort(-names[2], kind="stable")[:_GROUPS]
+    largest = np.argsort(-names[2], kind="stable")[:most]
     out.append(("The largest groups", [_group(sample, rows, keeper, similarity, names, g) for g in largest.tolist()]))
     if np.isfinite(similarity).any():
         closest = np.argsort(np.where(np.isfinite(similarity), similarity, np.inf), kind="stable")
-        chosen = list(dict.fromkeys(names[1][closest][: 20 * _GROUPS].tolist()))[:_GROUPS]
+        chosen = list(dict.fromkeys(names[1][closest][: 20 * most].tolist()))[:most]
         if set(chosen) != set(largest.tolist()):
             title = "The least alike that left: a smaller eps brings these back first"
             out.append((title, [_group(sample, rows, keeper, similarity, names, g) for g in chosen]))
@@ -316,9 +321,9 @@ def most_alike(
     similarity = (x @ x.T)[first, second]
     pairs: list[Group] = []
     shown: set[int] = set()
-    for at in np.argsort(-similarity, kind="stable")[: 20 * _GROUPS].tolist():
+    for at in np.argsort(-similarity, kind="stable")[: 20 * GROUPS].tolist():
         a, b = int(rows[there[first[at]]]), int(rows[there[second[at]]])
-        if len(pairs) < _GROUPS and not shown & {a, b}:
+        if len(pairs) < GROUPS and not shown & {a, b}:
             shown |= {a, b}
             pairs.append(Group(a, "", Examples("", [b], [_shown(similarity[at])]), 1))
     among = "" if len(rows) == len(sample) else f", among {len(there):,} of them"

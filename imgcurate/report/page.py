@@ -46,7 +46,12 @@ def is_wanted(asked: bool | None) -> bool:
 
 
 def make_report(
-    run: str, output: str | None = None, *, show_nsfw: bool = False, storage_options: StorageOptions | None = None
+    run: str,
+    output: str | None = None,
+    *,
+    show_nsfw: bool = False,
+    groups: int = findings.GROUPS,
+    storage_options: StorageOptions | None = None,
 ) -> str:
     """Write the report of a finished run: one HTML file that needs no other, and no network.
 
@@ -59,6 +64,8 @@ def make_report(
     show_nsfw : bool
         Show pictures with an ``nsfw_score`` of 0.5 or more as they are; otherwise blurred. Without that
         score nothing is known, and nothing blurred.
+    groups : int
+        So many groups of duplicates are shown of the largest, and of those least alike.
     storage_options : mapping, optional
         Passed to fsspec for the inputs of the run, of which the pictures are made.
 
@@ -77,23 +84,26 @@ def make_report(
     Notes
     -----
     Of a catalog of more than a million rows some parts are read, about a million rows, spread evenly, and the page
-    says so; the funnel counts all. Pictures are at most some 1,800, of a few kB each.
+    says so; the funnel counts all. Pictures are at most some 1,800, of a few kB each, unless
+    more `groups` are asked for.
     """
     manifest = Manifest.of_finished(run)
     url = output or join_url(run, REPORT)
-    html = _render(run, manifest, show_nsfw, storage_options)
+    html = _render(run, manifest, groups, show_nsfw, storage_options)
     with atomic_write(url) as out:
         out.write(html.encode())
     return local_path(url) if is_local(url) else url
 
 
-def _render(run: str, manifest: Manifest, show_nsfw: bool, storage_options: StorageOptions | None) -> str:
+def _render(
+    run: str, manifest: Manifest, most_groups: int, show_nsfw: bool, storage_options: StorageOptions | None
+) -> str:
     from bokeh.embed import components
 
     catalog = Catalog(run, manifest.n_parts)
     sample = load_sample(catalog, manifest.samples)
     scores, leavers = findings.scores(manifest, sample), findings.leavers(manifest, sample)
-    groups = findings.groups(sample)
+    groups = findings.groups(sample, most_groups)
     result = Result(run, manifest.samples, manifest.counts, [], catalog)
     embedded = embeddings(catalog, sample)
     if result.dedup:
