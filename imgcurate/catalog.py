@@ -205,7 +205,8 @@ class Manifest:
     source : dict
         Where the inputs were looked for and how they are divided: ``file_paths``, ``files_per_partition``,
         ``sidecar_columns``, ``text_columns``, ``json_columns``; or ``refilter``, the folder of the run that was decided
-        anew; ``code``, checksums of the classes of stages of one's own.
+        anew; ``code``, checksums of the classes of stages of one's own; ``model_dir``, the folder of the
+        weights, if one was named.
     exporting : bool
         Whether the shards that are there are of this run as it is decided now.
     timeline : list of [float, int]

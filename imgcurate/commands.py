@@ -88,6 +88,9 @@ def refilter(
     reference: Annotated[list[str] | None, typer.Option(help="Run whose kept samples stay kept; repeatable.")] = None,
     only_reference: OnlyReference = False,
     images_per_tar: Annotated[int | None, typer.Option(min=1, help="Samples per output shard.")] = None,
+    model_dir: Annotated[
+        str | None, typer.Option(help="Folder with weights of what is computed. [default: that of the run]")
+    ] = None,
     storage_option: StorageOption = None,
     device: Device = "auto",
     workers: Workers = None,
@@ -141,7 +144,7 @@ def refilter(
         # It is added, as `curate` would have had it.
         semantic.setdefault("keep_by", [*schema.LARGEST_FIRST])
     result = run_command(
-        partial(decide, run, output, given, storage_options=storage_options(storage_option or [])),
+        partial(decide, run, output, given, model_dir=model_dir, storage_options=storage_options(storage_option or [])),
         device=device, n_workers=workers, scheduler=scheduler, tls=(tls_ca_file, tls_cert, tls_key),
         overwrite=overwrite, resume=resume, report=report, quiet=quiet or as_json,
     )  # fmt: skip

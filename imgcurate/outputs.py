@@ -160,8 +160,9 @@ def warn_of_lost(folder: str) -> bool:
     return bool(lost)
 
 
-def warn_of_code(folder: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def warn_of_code(folder: str, source: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say so where the code of stages is another than when a run began: what they made then stays."""
+    before, now = source.get("code", {}), now["code"]
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name]:
             logger.warning(

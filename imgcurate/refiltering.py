@@ -11,28 +11,24 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 import dask.dataframe as dd
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from distributed import Client
 from distributed.security import Security
 
 from imgcurate import schema
 from imgcurate.backend import get_backend, lazy_frame
 from imgcurate.batches import ImageBatch
-from imgcurate.catalog import Catalog, Manifest, undecided
+from imgcurate.catalog import Catalog, Manifest
 from imgcurate.errors import ConfigError, InputError, nearest
 from imgcurate.execution import Progress
 from imgcurate.inputs import describe_shards, find_shards
+from imgcurate.models.weights import absolute_path
 from imgcurate.origins import Origin
 from imgcurate.plan import Plan, check_numbers, make_phases
 from imgcurate.results import Result
@@ -45,9 +41,10 @@ from imgcurate.stages.embedding import ImageEmbeddingStage
 from imgcurate.stages.quality import ImageQualityFilterStage
 from imgcurate.stages.reading import FilePartitioningStage, ImageReaderStage
 from imgcurate.stages.registry import find_stage, make_stage
-from imgcurate.stages.rules import AnyRule, ValueRule, rule_of
+from imgcurate.stages.rules import AnyRule, rule_of
 from imgcurate.stages.writer import ImageWriterStage
 from imgcurate.storage import StorageOptions, check_output, exists, is_local, local_path
+from imgcurate.undoing import NOT_DECIDED, Undo, by_code, read_part
 
 __all__ = ["refilter", "stages_of"]
 
@@ -55,8 +52,6 @@ Changes = Mapping[str, Mapping[str, Any] | None]
 _READS: Final = (FilePartitioningStage.__name__, ImageReaderStage.__name__)
 _THRESHOLDS: Final = frozenset({"score_threshold", "ranges", "is_in", "is_not_in"})
 _OF_MODEL: Final = ("model", "pretrained", "model_dir")
-# What a sample is before any stage looks at it.
-_NOT_DECIDED: Final = schema.UNREADABLE | {schema.STATUS_OK, schema.STATUS_TOO_SMALL, schema.STATUS_DUPLICATE}
 
 
 def refilter(
@@ -64,6 +59,7 @@ def refilter(
     output_dir: str,
     changes: Changes | None = None,
     *,
+    model_dir: str | None = None,
     storage_options: StorageOptions | None = None,
     client: Client | None = None,
     scheduler: str | None = None,
@@ -91,6 +87,8 @@ def refilter(
         run did not have is added if it has the columns that are needed: a deduplication at its end, scores of columns
         before the first deduplication, ``ImageQualityFilterStage`` at its beginning. Parameters that are not given are
         those of the class, and those of the model those of the run's ``ImageEmbeddingStage``.
+    model_dir : str, optional
+        Folder with the weights of what is computed, if it is not the one that the run had.
     storage_options : mapping, optional
         Passed to fsspec for the inputs of the run.
     client, scheduler, security, device, n_workers, overwrite, resume, report, progress
@@ -123,7 +121,10 @@ def refilter(
         how = "is the run itself" if output_dir.rstrip("/") == run.rstrip("/") else f"and {run} lie one in the other"
         raise ConfigError(f"{output_dir} {how}: name another output folder")
     manifest = Manifest.of_finished(run)
-    recorded = [_Recorded.of(i, entry) for i, entry in enumerate(manifest.config["stages"])]
+    # Where weights lie is not part of what a run is, and stands beside it.
+    folder = {"model_dir": absolute_path(model_dir) or manifest.source.get("model_dir")}
+    manifest.source |= folder
+    recorded = [_Recorded.of(i, {**folder, **entry}) for i, entry in enumerate(manifest.config["stages"])]
     decided = _changed(recorded, changes or {}, run)
     origin = _CatalogOrigin(run, manifest, recorded, decided, storage_options)
     plan = _plan(decided, origin, run)
@@ -354,11 +355,11 @@ class _CatalogOrigin(Origin):
         batches = [i for i, phase in enumerate(make_phases(stages)) if not phase.is_dataset]
         rules, own = _rules_of(recorded), [r.name for r in recorded if isinstance(r.stage, _Rules)]
         all_there = own == [r.name for r in decided if isinstance(r.stage, _Rules)]
-        self._undo = _Undo(tuple(rules), frozenset(batches), keeps=all_there and _rules_of(decided) == rules)
+        self._undo = Undo(tuple(rules), frozenset(batches), keeps=all_there and _rules_of(decided) == rules)
         known = {rule.status for rule in self._undo.rules} | {s.name for s in stages if isinstance(s, DatasetStage)}
-        unknown = sorted(set(manifest.counts) - known - _NOT_DECIDED)
+        unknown = sorted(set(manifest.counts) - known - NOT_DECIDED)
         if unknown and not self._undo.keeps:
-            raise ConfigError(_by_code(unknown[0], f"{manifest.counts[unknown[0]]:,} samples", folder))
+            raise ConfigError(by_code(unknown[0], f"{manifest.counts[unknown[0]]:,} samples", folder))
         for before, now in zip(manifest.config["inputs"], self.inputs_now(), strict=True):
             if before != now:
                 raise InputError(f"{before['url']} is gone or has changed since {folder} was made of it")
@@ -416,86 +417,6 @@ class _CatalogOrigin(Origin):
         out = schema.arrow_schema(self.types, self.types)
         backend = get_backend(device)
         return lazy_frame(
-            _read_part, list(numbers), catalog=self.catalog, names=out.names, undo=self._undo,
+            read_part, list(numbers), catalog=self.catalog, names=out.names, undo=self._undo,
             device=backend.name, meta=backend.meta(out), label="read-catalog",
         )  # fmt: skip
-
-
-def _by_code(status: str, samples: str, folder: str) -> str:
-    return (
-        f"{samples} of {folder} were dropped as {status!r} by the code of a stage, not by a rule on a column: that "
-        "cannot be decided anew without the images. Deduplication after it can change, but no threshold"
-    )
-
-
-@dataclass(frozen=True)
-class _Undo:
-    """How the rows of a catalog become what they were before any rule; picklable.
-
-    Attributes
-    ----------
-    rules : tuple of Rule or ValueRule
-        Those of the run.
-    batch_phases : frozenset of int
-        The phases of per-batch stages.
-    keeps : bool
-        Whether samples that the code of a stage dropped in the first phase may stay so: all rules are as they were.
-    """
-
-    rules: tuple[AnyRule, ...]
-    batch_phases: frozenset[int]
-    keeps: bool
-
-    def __call__(self, table: pa.Table, folder: str) -> pa.Table:
-        """Return the rows of a part.
-
-        Raises
-        ------
-        ConfigError
-            If some were dropped by code, and may not stay so.
-        """
-        status = table[schema.STATUS]
-        phase = table[schema.PHASE].to_numpy(zero_copy_only=False) if schema.PHASE in table.column_names else None
-        decided = pc.invert(pc.is_in(status, value_set=pa.array(sorted(_NOT_DECIDED), pa.string())))
-        by_batch = decided.to_numpy(zero_copy_only=False)
-        if phase is not None:
-            by_batch &= np.isin(phase, sorted(self.batch_phases)) | np.isnan(phase.astype(float))
-        ruled = by_batch & self._ruled(table)
-        by_code = by_batch & ~ruled
-        stays = by_code & (phase == 0) if self.keeps and phase is not None else np.zeros(len(table), bool)
-        if (by_code & ~stays).any():
-            first = status[int(np.flatnonzero(by_code & ~stays)[0])].as_py()
-            raise ConfigError(_by_code(first, "samples", folder))
-        table = undecided(table)
-        for name, value in ((schema.STATUS, schema.STATUS_OK), (schema.REASON, "")):
-            column = pc.if_else(pa.array(ruled), value, table[name])
-            table = table.set_column(table.column_names.index(name), name, column)
-        return table
-
-    def _ruled(self, table: pa.Table) -> npt.NDArray[np.bool_]:
-        """Return the mask of the rows that left by a rule: it does not keep their value, and their reason tells it."""
-        ruled = np.zeros(len(table), dtype=bool)
-        for rule in self.rules:
-            here = pc.and_(
-                pc.equal(table[schema.STATUS], rule.status), pc.starts_with(table[schema.REASON], f"{rule.column} ")
-            ).to_numpy(zero_copy_only=False)
-            if here.any():
-                here[here] = _left_by(rule, table.filter(pa.array(here)))
-                ruled |= here
-        return ruled
-
-
-def _left_by(rule: AnyRule, rows: pa.Table) -> npt.NDArray[np.bool_]:
-    """Return which of some rows, with the status of a rule and reasons that begin as its reasons do, left by it."""
-    values = rows[rule.column]
-    if isinstance(rule, ValueRule):
-        # The reason tells the value: the list need not be there any more.
-        words = (rule.reason(math.nan if value is None else value) for value in values.to_pylist())
-        return np.fromiter(map(operator.eq, words, rows[schema.REASON].to_pylist()), bool, len(rows))
-    found = np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dtype=np.float64)
-    return ~np.asarray(rule.keeps(found), dtype=bool)
-
-
-def _read_part(number: int, catalog: Catalog, names: Sequence[str], undo: _Undo, device: str) -> Any:
-    table = undo(catalog.read(number), catalog.folder)
-    return get_backend(device).frame_from_arrow(table.select(list(names)))

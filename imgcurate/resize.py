@@ -91,8 +91,9 @@ def _placed(view: PixelView, rows: int, columns: int) -> tuple[tuple[int, int], 
     """Return the height and width that an image is scaled to, and which of its pixels is the view's first one.
 
     Negative are pixels beside the image. Rounding is that of torchvision and open_clip: where the shorter side decides,
-    the longer one is rounded down and the offset of the middle half to even; where the longer side decides, the
-    shorter one is rounded half to even, and of an odd number of padded pixels one more comes after the image.
+    the longer one is rounded down, or half to even for a view that is not square, and the offset of the middle half to
+    even; where the longer side decides, the shorter one is rounded half to even, and of an odd number of padded pixels
+    one more comes after the image.
     """
     shape = view.height, view.width
     if view.resize == "squash":
@@ -103,7 +104,9 @@ def _placed(view: PixelView, rows: int, columns: int) -> tuple[tuple[int, int], 
         height, width = (max(1, round(side * scale)) for side in (rows, columns))
         return (height, width), (-((view.height - height) // 2), -((view.width - width) // 2))
     scale = max(ratios)
-    height, width = (int(side * scale) for side in (rows, columns))
+    # What is not square is scaled by open_clip's own transform, which rounds; the rest by torchvision's.
+    whole = int if view.height == view.width else round
+    height, width = (whole(side * scale) for side in (rows, columns))
     return (height, width), (round((height - view.height) / 2), round((width - view.width) / 2))
 
 
@@ -147,7 +150,8 @@ def view_operators(image: Any, view: PixelView, size: Any) -> Any:
         start = [-math.floor((length - side) / 2) for side, length in zip(scaled, shape, strict=True)]
     else:
         scale = math.max(view.height / sides[0], view.width / sides[1])
-        scaled = [math.floor(side * scale + 1e-3) for side in sides]
+        square = view.height == view.width
+        scaled = [math.floor(side * scale + 1e-3) if square else _nearest(math, side * scale) for side in sides]
         start = [_nearest(math, (side - length) / 2) for side, length in zip(scaled, shape, strict=True)]
     resized = fn.resize(image, size=fn.stack(*scaled), **options)
     return fn.slice(

@@ -44,7 +44,7 @@ from imgcurate.preflight import check_stages, check_storage, check_versions
 from imgcurate.progress import progress_or_auto
 from imgcurate.report import is_wanted, make_report
 from imgcurate.results import REPORT, Result
-from imgcurate.stages.base import DatasetStage, Stage, code_digests, columns_added
+from imgcurate.stages.base import DatasetStage, Stage, columns_added, told_beside
 from imgcurate.stages.executor import Program, apply_stages, make_program
 from imgcurate.storage import (
     atomic_write,
@@ -185,18 +185,14 @@ class Run:
             # The run was killed when all but this was done.
             with exclusive(self.folder):
                 clear_away(checkpoints)
-        self._warn_of_code(manifest)
+        warn_of_code(self.folder, manifest.source, self._source)
         logger.info("the run in %s was done already: nothing was computed", self.folder)
         return self._result(manifest)
 
     @property
     def _source(self) -> dict[str, Any]:
         """What a manifest tells of inputs and code beside what decides the results."""
-        code = code_digests(stage for phase in self.plan.phases for stage in phase.stages)
-        return {"code": code, **self.origin.source}
-
-    def _warn_of_code(self, manifest: Manifest) -> None:
-        warn_of_code(self.folder, manifest.source.get("code", {}), self._source["code"])
+        return {**told_beside(stage for phase in self.plan.phases for stage in phase.stages), **self.origin.source}
 
     def _retries(self, manifest: Manifest) -> bool:
         """Whether partitions that failed in a run which is done are to be tried again."""
@@ -209,7 +205,7 @@ class Run:
                 self.folder, self._config, self.origin.n_parts, work=_WORK, overwrite=overwrite, resume=resume,
                 grows=True, increments=self.origin.increments, source=self._source,
             )  # fmt: skip
-            self._warn_of_code(manifest)
+            warn_of_code(self.folder, manifest.source, self._source)
             try:
                 return self._execute(manifest)
             except ImgcurateError as exc:

@@ -96,7 +96,7 @@ def search(
     catalog = Catalog(run, manifest.n_parts)
     if schema.EMBEDDING not in catalog.schema.names:
         raise InputError(f"{run} has no embeddings, so nothing can be found in it: make a run with an encoder")
-    spec = _model(run, manifest.config["stages"], model_dir)
+    spec = _model(run, manifest.config["stages"], model_dir or manifest.source.get("model_dir"))
     wanted = [prompt_embeddings([[text]], spec)[0][0]] if text is not None else []
     wanted += [_embedded(image, spec, storage_options)] if image is not None else []
     query: npt.NDArray[np.float64] = np.asarray(np.mean(wanted, axis=0, dtype=np.float64))
@@ -120,8 +120,10 @@ def _model(run: str, stages: list[Mapping[str, Any]], model_dir: str | None) -> 
     """Return which model embedded the images of a run."""
     config = next((s for s in stages if s["stage"] == ImageEmbeddingStage.__name__), None)
     if config is None:
-        raise ConfigError(f"a stage of one's own embedded the images of {run}: what it makes of a text is not known")
-    spec = EncoderSpec(config["model"], config["pretrained"], model_dir or config.get("model_dir"), precision="fp32")
+        raise ConfigError(
+            f"a stage of one's own embedded the images of {run}: what it makes of a text or picture is not known"
+        )
+    spec = EncoderSpec(config["model"], config["pretrained"], model_dir, precision="fp32")
     recorded = config.get("encoder")
     if recorded is not None and (now := spec.identity()) != recorded:
         raise InputError(f"the images of {run} were embedded by {recorded}, and {config['pretrained']} is {now} now")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import json
 import logging
 import os
 import subprocess
@@ -17,12 +18,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from distributed import Client
+from open_clip.pretrained import get_pretrained_cfg
+from safetensors.torch import load_file, save_file
 
+from imgcurate import Pipeline
 from imgcurate.backend import get_backend
-from imgcurate.errors import ConfigError, WeightsError
+from imgcurate.errors import ConfigError, ImgcurateError, WeightsError
 from imgcurate.models import clip_weights, encoders
 from imgcurate.models.encoders import EncoderSpec, OpenClipEncoder, TinyImageEncoder, load_encoder
+from imgcurate.stages import FilePartitioningStage, ImageEmbeddingStage, ImageReaderStage
 
 CPU = get_backend("cpu")
 MODEL = "ViT-S-32-alt"
@@ -308,3 +313,82 @@ def test_offline_says_what_to_do(tmp_path: Path) -> None:
     assert f"put them there as {MODEL}-mytag.safetensors" in done.stdout
     assert "--model-dir" in done.stdout
     assert "tiny-image" in done.stdout
+
+
+def test_a_file_of_weights_is_prepared_for_as_its_kin_or_as_is_told_beside_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="imgcurate")
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"x")
+    tag, file = (clip_weights._preprocess("ViT-B-16-SigLIP", get_pretrained_cfg("ViT-B-16-SigLIP", "webli")),
+                 clip_weights.find("ViT-B-16-SigLIP", str(weights)))  # fmt: skip
+    assert file.preprocess == tag
+    assert (tag["resize_mode"], list(tag["mean"])) == ("squash", [0.5, 0.5, 0.5])
+    assert "squash" in EncoderSpec("ViT-B-16-SigLIP", str(weights)).fingerprint()["preprocess"]
+    # Most of the published weights of ViT-L-14 want what OpenAI's do.
+    usual = clip_weights.find("ViT-L-14", str(weights))
+    assert usual.preprocess == clip_weights._preprocess("ViT-L-14", None)
+    assert "preprocess" not in EncoderSpec("ViT-L-14", str(weights)).fingerprint()
+    assert not caplog.text
+    told = {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "resize_mode": "longest", "size": 99, "other": 1}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
+    beside = clip_weights.find("ViT-L-14", str(weights)).preprocess
+    assert (beside["mean"], beside["resize_mode"], beside["size"]) == ([0.1, 0.2, 0.3], "longest", (224, 224))
+    (tmp_path / "open_clip_config.json").write_text("[]")
+    with pytest.raises(WeightsError, match="does not say how images are prepared"):
+        clip_weights.find("ViT-L-14", str(weights))
+
+
+def test_where_published_weights_differ_it_is_said(tmp_path: Path, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.WARNING, logger="imgcurate")
+    (tmp_path / "w.pt").write_bytes(b"x")
+    monkeypatch.setattr(clip_weights, "_AGREED", 1.0)
+    assert clip_weights.find("ViT-L-14", str(tmp_path / "w.pt")).preprocess["resize_mode"] == "shortest"
+    assert "an open_clip_config.json beside it would tell" in caplog.text
+
+
+def test_a_text_tower_of_transformers_is_not_needed_for_images(tmp_path: Path, monkeypatch) -> None:
+    """Models such as xlm-roberta-base-ViT-B-32: that package, and files of the hub, are for texts alone."""
+    name = "test-hf-text"
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {"hf_model_name": "nobody/nothing"}}
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    plain = {**config, "text_cfg": {"context_length": 7, "vocab_size": 11, "width": 16, "heads": 1, "layers": 1}}
+    torch.manual_seed(3)
+    whole = open_clip.CustomTextCLIP(**plain).eval()
+    torch.save(whole.state_dict(), tmp_path / "w.pt")
+    spec = EncoderSpec(name, str(tmp_path / "w.pt"), precision="fp32")
+    images = pixels(5, 32)
+    encoder = OpenClipEncoder(spec, CPU)
+    with torch.inference_mode():
+        expected = whole.encode_image(encoder.planes(images), normalize=True)
+    torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-4)
+    assert clip_weights.takes_transformers(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WeightsError, match="text tower of test-hf-text is built by transformers"):
+        clip_weights.load(clip_weights.find(name, str(tmp_path / "w.pt")))
+    state = whole.state_dict()
+    del state["visual.proj"]
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(
+        WeightsError, match=r"1 tensors of the image tower are missing or not its own, first visual\.proj"
+    ):
+        OpenClipEncoder(EncoderSpec(name, str(tmp_path / "part.pt"), precision="fp32"), CPU)
+
+
+def test_an_address_of_the_hub_is_refused_with_what_to_do() -> None:
+    for name in ("hf-hub:laion/CLIP-ViT-B-32", "local-dir:/tmp/x"):
+        with pytest.raises(ConfigError, match=r"not loaded by address: name the architecture.*open_clip_config\.json"):
+            EncoderSpec(name)
+
+
+def test_weights_that_give_nan_end_the_run(weights_file: Path, shards: Path, tmp_path: Path, client: Client) -> None:
+    state = load_file(weights_file)
+    state["visual.proj"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    embedding = ImageEmbeddingStage(MODEL, str(tmp_path / "nan.safetensors"), precision="fp32")
+    run = Pipeline([FilePartitioningStage(str(shards)), ImageReaderStage(), embedding])
+    with pytest.raises(ImgcurateError, match=r"18 of 18 values of 'embedding' are not finite: the weights are damaged"):
+        run.run(str(tmp_path / "OUT"), client=client)

@@ -476,6 +476,33 @@ def test_a_command_scores_captions_and_prompts(shard, tmp_path) -> None:
     assert sorted(anew["uid"][anew["status"] == "ok"]) == sorted(decoded["uid"][keeps])
 
 
+def test_the_folder_of_weights_is_remembered(shard, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searching and deciding anew need the run's model, and find its weights where the run did."""
+    folder, other = tmp_path / "models", tmp_path / "others"
+    folder.mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("IMGCURATE_MODEL_DIR", str(tmp_path / "empty"))
+    torch.manual_seed(1)
+    state = open_clip.create_model("ViT-B-32", load_weights=False).state_dict()
+    torch.save(state, folder / "ViT-B-32-laion2b_e16.pt")
+    out, run = tmp_path / "OUT", CliRunner()
+    model = ["--encoder", "ViT-B-32", "--pretrained", "laion2b_e16", "--model-dir", str(folder)]
+    done = run.invoke(
+        app, ["curate", str(shard), "-o", str(out), *model, "--workers", "1", "--no-dedup", "--no-report"]
+    )
+    assert done.exit_code == 0, done.output
+    assert len(ic.search(str(out), "a dog", n=3)) == 3
+    prompts = ["--zero-shot", "a=a dog", "--zero-shot", "b=a cat", "--workers", "1", "--no-report"]
+    done = run.invoke(app, ["refilter", str(out), "-o", str(tmp_path / "ANEW"), *prompts])
+    assert done.exit_code == 0, done.output
+    folder.rename(other)
+    done = run.invoke(app, ["refilter", str(out), "-o", str(tmp_path / "ANEW2"), *prompts])
+    assert isinstance(done.exception, WeightsError)
+    done = run.invoke(app, ["refilter", str(out), "-o", str(tmp_path / "ANEW2"), *prompts, "--model-dir", str(other)])
+    assert done.exit_code == 0, done.output
+    assert len(ic.search(str(tmp_path / "ANEW2"), "a dog", n=3)) == 3
+
+
 def test_a_text_finds_the_nearest_embeddings(plain, shard, tmp_path) -> None:
     rows = rows_of(plain)
     there = rows[rows["embedding"].notna()].reset_index(drop=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import socket
 import urllib.parse
@@ -22,6 +23,9 @@ __all__ = ["ClipWeights", "embed_dim", "find", "identity", "load", "present", "t
 RANDOM: Final = "random"
 _MOST_SAID: Final = 300
 _SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin")
+_PREPROCESS: Final = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+_AGREED: Final = 0.75
+_NO_TEXTS: Final = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +55,12 @@ class ClipWeights:
     quick_gelu: bool
     openai_archive: bool
     preprocess: dict[str, Any]
+
+    def preprocess_if_unusual(self) -> str | None:
+        """Return how images are prepared for a file of weights, as JSON, where that is not as for OpenAI's."""
+        usual = _preprocess(self.model, None)
+        is_file = self.identity.startswith(f"{self.model}/sha256:")
+        return json.dumps(self.preprocess, sort_keys=True) if is_file and self.preprocess != usual else None
 
     def sha256(self) -> str:
         """Return the checksum of the file; of random weights the words ``random, seed 0``."""
@@ -100,7 +110,8 @@ def find(model: str, pretrained: str, model_dir: str | None = None) -> ClipWeigh
     quick = openai or bool(_model_config(model).get("quick_gelu", False))
     name = _base_name(model) + "/openai" if openai else f"{model}/sha256:{checksum[:16]}"
     tag_cfg = registry.get_pretrained_cfg(model, "openai") if openai else None
-    return ClipWeights(model, path, name, quick, openai, _preprocess(model, tag_cfg))
+    preprocess = _preprocess(model, tag_cfg) if openai else _preprocess_of_file(model, path)
+    return ClipWeights(model, path, name, quick, openai, preprocess)
 
 
 def present(model: str, pretrained: str, model_dir: str | None = None) -> Path | None:
@@ -140,26 +151,33 @@ def _without_root_warnings() -> Iterator[None]:
         root.setLevel(level)
 
 
-def load(weights: ClipWeights) -> Any:
+def load(weights: ClipWeights, *, texts: bool = True) -> Any:
     """Build the open_clip model and load its weights, without running any code from the file.
+
+    Parameters
+    ----------
+    weights : ClipWeights
+        What to load.
+    texts : bool
+        Whether the text tower is wanted. Without it one that is built by transformers is left out, which would take
+        that package, and files of the hub.
 
     Raises
     ------
     WeightsError
-        If the file is damaged or does not fit the architecture.
+        If the file is damaged or does not fit the architecture, or the text tower cannot be built.
     """
-    import open_clip
     from open_clip.factory import load_checkpoint
 
     with torch.random.fork_rng(devices=[]), _without_root_warnings():
         torch.manual_seed(0)
-        model = open_clip.create_model(
-            weights.model, load_weights=False, pretrained_text=False, force_quick_gelu=weights.quick_gelu
-        )
+        model, sees_only = _built(weights, texts=texts)
     if weights.path is None:
         return model
     try:
-        if weights.openai_archive:
+        if sees_only:
+            _load_visual(model, weights.path)
+        elif weights.openai_archive:
             state = torch.jit.load(str(weights.path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
             for key in ("input_resolution", "context_length", "vocab_size"):
                 state.pop(key, None)
@@ -174,6 +192,46 @@ def load(weights: ClipWeights) -> Any:
     return model
 
 
+def _built(weights: ClipWeights, *, texts: bool) -> tuple[Any, bool]:
+    """Return the model with random weights, and whether its text tower is left out."""
+    import open_clip
+
+    config = _model_config(weights.model)
+    if not texts and takes_transformers(weights.model) and "multimodal_cfg" not in config:
+        quick = weights.quick_gelu or bool(config.get("quick_gelu", False))
+        return open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], _NO_TEXTS, quick_gelu=quick), True
+    try:
+        model = open_clip.create_model(
+            weights.model, load_weights=False, pretrained_text=False, force_quick_gelu=weights.quick_gelu
+        )
+    except (ImportError, RuntimeError, OSError) as exc:
+        if not takes_transformers(weights.model):
+            raise
+        first = (str(exc) or type(exc).__name__).strip().splitlines()[0]
+        raise WeightsError(
+            f"the text tower of {weights.model} is built by transformers, of files of the hub, and cannot be: {first}; "
+            "pip install transformers; without a network these files have to be in its cache ($HF_HOME)"
+        ) from exc
+    return model, False
+
+
+def takes_transformers(model: str) -> bool:
+    """Return whether the text tower of a model is one that transformers builds."""
+    return "hf_model_name" in _model_config(model).get("text_cfg", {})
+
+
+def _load_visual(model: Any, path: Path) -> None:
+    """Load the image tower alone."""
+    from open_clip.factory import load_state_dict, resize_pos_embed
+
+    state = {k: v for k, v in load_state_dict(str(path), weights_only=True).items() if k.startswith("visual.")}
+    resize_pos_embed(state, model)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [*(k for k in missing if k.startswith("visual.")), *unexpected]
+    if wrong:
+        raise WeightsError(f"{len(wrong)} tensors of the image tower are missing or not its own, first {wrong[0]}")
+
+
 def tokenizer(model: str, model_dir: str | None = None) -> Any:
     """Return what turns texts into the tokens that a model takes: a list of n texts into integers of shape (n, length).
 
@@ -185,7 +243,7 @@ def tokenizer(model: str, model_dir: str | None = None) -> Any:
     from open_clip import get_tokenizer
 
     try:
-        with _without_retry_lines():
+        with _without_retry_lines(), _offline_if_it_is():
             return get_tokenizer(model, cache_dir=str(_folder(model_dir)))
     except Exception as exc:
         first = (str(exc) or type(exc).__name__).strip().splitlines()[0]
@@ -271,6 +329,22 @@ def _look_up_hub() -> None:
 
 
 @contextlib.contextmanager
+def _offline_if_it_is() -> Iterator[None]:
+    """Have the hub's client look at what is here alone, if the hub has no address here."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        _look_up_hub()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
 def _without_retry_lines() -> Iterator[None]:
     """Keep the hub's client from writing a line for each attempt, twice: what came of them is said at the end."""
     hub = logging.getLogger("huggingface_hub")
@@ -297,6 +371,33 @@ def _in_hub_cache(place: str, folder: Path) -> Path | None:
     repository, names = _hub_names(place)
     found = (try_to_load_from_cache(repository, name, cache_dir=str(folder)) for name in names)
     return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _preprocess_of_file(model: str, path: Path) -> dict[str, Any]:
+    """Return how images are prepared for weights of which nothing but the file is known.
+
+    As ``open_clip_config.json`` beside it says, which open_clip's own exports have; else as for most of the
+    published weights of the architecture.
+    """
+    import open_clip.pretrained as registry
+
+    beside = path.with_name("open_clip_config.json")
+    if beside.is_file():
+        try:
+            told = json.loads(beside.read_text(encoding="utf-8"))["preprocess_cfg"]
+            return _preprocess(model, {k: told[k] for k in _PREPROCESS if k in told})
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise WeightsError(f"{beside} does not say how images are prepared, in preprocess_cfg: {exc!r}") from exc
+    names = dict.fromkeys((model, _base_name(model), f"{_base_name(model)}-quickgelu"))
+    tags = [(name, tag) for name in names for tag in registry.list_pretrained_tags_by_model(name)]
+    known = [_preprocess(model, registry.get_pretrained_cfg(*tag)) for tag in tags] or [_preprocess(model, None)]
+    chosen = max(known, key=known.count)
+    if known.count(chosen) < _AGREED * len(known):
+        logger.warning(
+            "images are prepared for weights of %s in several ways: for %s it is done with mean %s, resize %s; an "
+            "open_clip_config.json beside it would tell", model, path, chosen["mean"], chosen["resize_mode"],
+        )  # fmt: skip
+    return chosen
 
 
 def _preprocess(model: str, cfg: dict[str, Any] | None) -> dict[str, Any]:

@@ -85,6 +85,11 @@ class EncoderSpec:
             if self.model not in names:
                 near = difflib.get_close_matches(self.model, [*names, TINY_IMAGE], n=3, cutoff=0.4)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                if ":" in self.model:
+                    hint = (
+                        ". Models of the hub or of a folder are not loaded by address: name the architecture, and "
+                        "as pretrained the file of weights, with the model's open_clip_config.json beside it"
+                    )
                 raise ConfigError(f"unknown encoder {self.model!r}: expected an open_clip model or {TINY_IMAGE}{hint}")
 
     def identity(self) -> str:
@@ -106,6 +111,8 @@ class EncoderSpec:
             "weights_sha256": found.sha256(),
             "precision": self.precision,
         }
+        if (preprocess := found.preprocess_if_unusual()) is not None:
+            made["preprocess"] = preprocess
         return made if self.compile == "auto" else {**made, "compile": self.compile}
 
 
@@ -201,7 +208,7 @@ class OpenClipEncoder(Encoder):
         cfg = weights.preprocess
         height, width = cfg["size"]
         self.view = PixelView(height, width, cfg["resize_mode"], cfg["interpolation"], int(cfg["fill_color"]))
-        model = clip_weights.load(weights)
+        model = clip_weights.load(weights, texts=False)
         self.dim = clip_weights.embed_dim(spec.model)
         # The text tower is not needed; dropping it frees its memory.
         self._visual = towers.prepare(

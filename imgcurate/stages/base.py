@@ -37,9 +37,9 @@ __all__ = [
     "Worker",
     "check_count",
     "check_texts",
-    "code_digests",
     "columns_added",
     "stage_config",
+    "told_beside",
 ]
 
 IMAGE: Final = "image"
@@ -134,6 +134,8 @@ class ProcessingStage(Stage):
         come to the stage.
     texts : tuple of str
         Columns of ``needs`` that have to hold text.
+    finite : tuple of str
+        Columns of ``adds`` in which NaN or infinity is a fault of the stage, which ends the partition.
     skip_dropped : bool
         Whether samples that a stage before this one has dropped do not come to it, nor to the stages after it: their
         columns are null then. Only where images are decoded.
@@ -159,6 +161,7 @@ class ProcessingStage(Stage):
     encoder: str | None = None
     nullable: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    finite: tuple[str, ...] = ()
     skip_dropped: bool = False
 
     def setup(self, worker: Worker) -> None:
@@ -256,14 +259,20 @@ def stage_config(stage: Stage) -> dict[str, Any]:
     return {"stage": f"{module}{kind.__qualname__}", **plain}
 
 
-def code_digests(stages: Iterable[Stage]) -> dict[str, str]:
-    """Return checksums of the source code of the classes of stages that are not imgcurate's own, where it is known."""
-    found = {}
+def told_beside(stages: Iterable[Stage]) -> dict[str, Any]:
+    """Return what a manifest tells of stages beside what decides their results.
+
+    ``code``: checksums of the source code of the classes that are not imgcurate's own, where it is known;
+    ``model_dir``: the folder of weights that the first of them names, if one does.
+    """
+    stages = list(stages)
+    found: dict[str, str] = {}
     for kind in {type(stage) for stage in stages}:
         if not kind.__module__.startswith("imgcurate."):
             with contextlib.suppress(OSError, TypeError):
                 found[f"{kind.__module__}.{kind.__qualname__}"] = _digest(inspect.getsource(kind).encode())
-    return found
+    folders = (getattr(stage, "model_dir", None) for stage in stages)
+    return {"code": found, "model_dir": next((folder for folder in folders if folder), None)}
 
 
 def _digest(content: bytes) -> str:

@@ -79,6 +79,7 @@ class ImageEmbeddingStage(ProcessingStage):
 
     name: ClassVar[str] = "ImageEmbeddingStage"
     needs: ClassVar[tuple[str, ...]] = (IMAGE,)
+    finite: ClassVar[tuple[str, ...]] = (schema.EMBEDDING,)  # type: ignore[misc]
     adds: ClassVar[Mapping[str, str | pa.DataType]] = {
         schema.EMBEDDING: schema.arrow_type(schema.EMBEDDING),
         schema.ENCODER: schema.arrow_type(schema.ENCODER),

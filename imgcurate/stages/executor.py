@@ -27,7 +27,7 @@ from imgcurate.backend import (
     list_array,
 )
 from imgcurate.batches import ImageBatch, on_host
-from imgcurate.errors import ConfigError
+from imgcurate.errors import ConfigError, WeightsError
 from imgcurate.heartbeat import Tell
 from imgcurate.lazy import torch
 from imgcurate.memory import keep_freed_memory
@@ -121,6 +121,7 @@ class Program:
                 holder.hold(pixels)
             for some, rest in left.rest():
                 self._through(first, len(stages), some, rest, results)
+        results.check_finite(stages)
         results.apply_rules(stages)
         return results.table(self.output_schema(table.column_names, known))
 
@@ -239,6 +240,17 @@ class _Results:
         for name in names:
             if name != IMAGE:
                 self._parts.setdefault(name, []).append((positions, _leaving(batch[name])))
+
+    def check_finite(self, stages: Sequence[ProcessingStage]) -> None:
+        """Refuse NaN and infinity where they are a fault of the stage."""
+        for stage, name in ((each, name) for each in stages for name in each.finite):
+            values = self._values(name)[1].astype(float, copy=False)
+            wrong = int((~np.isfinite(values)).reshape(len(values), -1).any(axis=1).sum()) if values.size else 0
+            if wrong:
+                raise WeightsError(
+                    f"stage {stage.name}: {wrong:,} of {len(values):,} values of {name!r} are not finite: the weights "
+                    "are damaged, or do not bear the precision: try fp32"
+                )
 
     def apply_rules(self, stages: Sequence[ProcessingStage]) -> None:
         """Set status and reason: drops and rules in the order of the stages; the first one counts."""
