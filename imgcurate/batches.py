@@ -197,6 +197,10 @@ class ImageBatch:
             raise ConfigError(f"the mask should hold booleans, not {mask.dtype}")
         if status in RESERVED_STATUSES:
             raise ConfigError(f"samples cannot be dropped with the status {status!r}, which says something else")
+        if isinstance(reason, str) and not reason.strip():
+            raise ConfigError("samples do not leave without a reason: give one in words")
+        if not isinstance(reason, str) and (not hasattr(reason, "__len__") or isinstance(reason, bytes)):
+            raise ConfigError(f"reason={reason!r} should be text, or a sequence of n texts")
         if not isinstance(reason, str) and len(reason) != len(self.rows):
             raise ConfigError(f"there are {len(reason)} reasons for {len(self.rows)} samples")
         self.drops.append((mask, reason, status))
@@ -213,7 +217,8 @@ class ImageBatch:
         """
         whole = start == 0 and stop == len(self)
         part = copy.copy(self)
-        part.rows = self.rows if whole else self.rows.iloc[start:stop]
+        # What a stage does to the frame itself, as sorting it in place, stays in the part.
+        part.rows = self.rows.copy(deep=False) if whole else self.rows.iloc[start:stop]
         part.drops = []
         part._encoded = self._encoded if whole or self._encoded is None else self._encoded[start:stop]
         part._images = {view: v if whole else v[start:stop] for view, v in self._images.items()}
@@ -265,7 +270,7 @@ class ImageBatch:
         for name in names:
             if not all(name in part._columns for part in made):
                 raise ConfigError(f"the column {name!r} was set for some images and not for others: set it for all")
-        kept = all(m.rows is g.rows for m, g in zip(made, given, strict=True))
+        kept = all(_same_rows(m.rows, g.rows) for m, g in zip(made, given, strict=True))
         joined._encoded = self._encoded if made[0]._encoded is not None else None
         joined.rows = self.rows if kept else pd.concat([part.rows for part in made])
         joined._images = {
@@ -279,6 +284,10 @@ class ImageBatch:
         }
         joined.drops = _joined_drops(made)
         return joined
+
+
+def _same_rows(made: pd.DataFrame, given: pd.DataFrame) -> bool:
+    return made is given or (made.columns.equals(given.columns) and made.index.equals(given.index))
 
 
 def on_host(values: Any) -> npt.NDArray[Any]:

@@ -88,7 +88,8 @@ class _Places:
         """Return the place of the parameter of a stage that a message is about, else of the stage."""
         found: list[tuple[int, str]] = []
         for text in self.overrides:
-            top, *stage, key = text.partition("=")[0].split(".")
+            names = text.partition("=")[0].split(".")
+            top, *stage, key = names if len(names) > 1 else ("", *names)
             is_this = top == "stages" and stage and (stage[0] == str(number) or stage[0] in problem)
             if is_this and (named := re.search(rf"\b{re.escape(key)}\b", problem)):
                 found.append((named.start(), text))

@@ -60,6 +60,7 @@ _REMOVED: Final = (
     schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.REASON, schema.DUPLICATE_OF, schema.DUPLICATE_BY,
     schema.SIMILARITY,
 )  # fmt: skip
+_DATA: Final = ("catalog", "shards", "dedup", "checkpoint")
 _FORMULA: Final = r"^([=+\-@\t\r])"
 _IMAGE_PATH: Final = "image_path"
 _PATH: Final = "path"
@@ -96,6 +97,9 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
     catalog = Catalog(run, manifest.n_parts)
     samples = _Run(catalog, has_files=any("files" in i for i in manifest.config["inputs"]))
     output = str(Path(local_path(output)).absolute()) if is_local(output) else output
+    folder = (str(Path(local_path(run)).absolute()) if is_local(run) else run).rstrip("/")
+    if f"{output.rstrip('/')}/".startswith(tuple(f"{folder}/{name}/" for name in _DATA)):
+        raise ConfigError(f"{output} holds the data of the run itself: name another folder")
     kept = manifest.counts.get(schema.STATUS_OK, 0)
     for name in formats:
         if name not in FORMATS:

@@ -111,7 +111,7 @@ def json_value(text: str, path: str) -> Any:
 
 def _loaded(text: str | None) -> Any:
     try:
-        return json.loads(text) if text is not None else None
+        return json.loads(text.removeprefix("\ufeff")) if text is not None else None
     except (ValueError, RecursionError):
         return None
 

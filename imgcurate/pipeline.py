@@ -17,7 +17,7 @@ from imgcurate.results import Result, html_table
 from imgcurate.runner import Run
 from imgcurate.stages.base import Stage, check_count, columns_added, stage_config
 from imgcurate.stages.registry import pipeline_yaml
-from imgcurate.storage import check_output, is_local, local_path
+from imgcurate.storage import check_output, check_page, is_local, local_path
 
 __all__ = ["Pipeline", "Result"]
 
@@ -149,6 +149,8 @@ class Pipeline:
         if not folder:
             raise ConfigError("no output folder: name it in run(output_dir) or ImageWriterStage(output_dir)")
         check_output(folder)
+        if performance_report is not None:
+            check_page(performance_report)
         folder = str(Path(local_path(folder)).absolute()) if is_local(folder) else folder
         check_count("max_failed", max_failed, 0)
         origin = ShardOrigin(plan, folder)

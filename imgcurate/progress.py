@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import sys
@@ -71,12 +72,20 @@ def show_progress(quiet: bool, log: str | None = None) -> Iterator[Progress | No
         if log is None:
             yield show
             return
+        _check_log(log)
         try:
             file = Path(log).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed below
         except OSError as exc:
             raise ConfigError(f"cannot write the log {log}: {exc.strerror or exc}") from exc
         with file:
             yield _Logged(file, show)
+
+
+def _check_log(log: str) -> None:
+    """Refuse to write behind what is no log."""
+    with contextlib.suppress(OSError), Path(log).open("rb") as file:
+        if file.read(1) not in (b"", b"{"):
+            raise ConfigError(f"{log} is there already, and is no log of JSON lines: name another file")
 
 
 class _Logged:

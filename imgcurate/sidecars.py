@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
@@ -39,6 +40,7 @@ __all__ = ["FOLDER_TABLES", "NO_SIDECARS", "SidecarColumns", "Sidecars", "find_s
 SidecarColumns = Literal["auto"] | Sequence[str]
 """``"auto"``, or names of columns; an empty sequence joins nothing."""
 
+_MAX_DEPTH: Final = 200
 FOLDER_TABLES: Final = frozenset({"metadata.jsonl", "metadata.csv", "metadata.parquet"})
 """Names of files in a folder of images that are no samples, but tell of samples."""
 
@@ -282,8 +284,21 @@ def _read(url: str, storage_options: StorageOptions | None, *, schema_only: bool
             return pq.read_schema(SourceFile(source)) if schema_only else read_table(source)
         finally:
             source.close()
-    except (pa.ArrowException, OSError, StorageError) as exc:
+    except (pa.ArrowException, OSError, StorageError, InputError) as exc:
         raise InputError(f"cannot read {url}, the sidecar of a shard (sidecar_columns=() joins none): {exc}") from exc
+
+
+def _depth(data: bytes) -> int:
+    """Return how deep brackets are nested within a line of JSON, at most: those in texts count, and do no harm."""
+    if not data:
+        return 0
+    letters = np.frombuffer(data, np.uint8)
+    steps = np.isin(letters, np.frombuffer(b"[{", np.uint8)).astype(np.int32)
+    steps -= np.isin(letters, np.frombuffer(b"]}", np.uint8))
+    starts = np.flatnonzero(np.append(True, letters[:-1] == ord("\n")))
+    depths = np.cumsum(steps)
+    before = depths[starts] - steps[starts]
+    return int((np.maximum.reduceat(depths, starts) - before).max(initial=0))
 
 
 def _read_text(data: bytes, *, is_json: bool) -> pa.Table:
@@ -292,6 +307,9 @@ def _read_text(data: bytes, *, is_json: bool) -> pa.Table:
         return pa.table({})
     whole = max(len(data) + 1, 1 << 20)
     if is_json:
+        # Arrow's parser calls itself for each, and ends the process where that is too often.
+        if (depth := _depth(data)) > _MAX_DEPTH:
+            raise InputError(f"a line of it nests {depth:,} brackets, more than {_MAX_DEPTH}")
         return pajson.read_json(pa.BufferReader(data), pajson.ReadOptions(use_threads=False, block_size=whole))
     return pacsv.read_csv(pa.BufferReader(data), pacsv.ReadOptions(use_threads=False, block_size=whole))
 
@@ -315,7 +333,7 @@ def _cast(column: pa.ChunkedArray, type_: pa.DataType, where: str) -> pa.Chunked
             except pa.ArrowInvalid:
                 return pa.chunked_array([pa.array([_text(v) for v in raw.to_pylist()], pa.string())])
         return column.cast(type_)
-    except (pa.ArrowException, ValueError, OverflowError, TypeError) as exc:
+    except (pa.ArrowException, ValueError, OverflowError, TypeError, RecursionError) as exc:
         raise InputError(f"{where} is {column.type}, and {type_} in other shards: {exc}") from exc
 
 

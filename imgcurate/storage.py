@@ -31,6 +31,7 @@ __all__ = [
     "StorageOptions",
     "atomic_write",
     "check_output",
+    "check_page",
     "check_shared",
     "clear_away",
     "exclusive",
@@ -259,6 +260,27 @@ def check_output(url: str) -> None:
     """
     if protocol_of(url) in ("http", "https"):
         raise ConfigError(f"{shown_url(url)}: HTTP servers are read from, not written to: name another output folder")
+
+
+def check_page(url: str) -> None:
+    """Refuse to write a page in the place of a file that is none.
+
+    Raises
+    ------
+    ConfigError
+        If there is such a file.
+    """
+    if not exists(url):
+        return
+    if is_folder(url):
+        raise ConfigError(f"{url} is a folder: name a file for the page")
+    source = open_source(url)
+    try:
+        head = source.pread(0, 256).lstrip().lower()
+    finally:
+        source.close()
+    if head and not head.startswith((b"<!doctype html", b"<html")):
+        raise ConfigError(f"{url} is there already, and is no page: name another file")
 
 
 def check_shared(url: str) -> None:

@@ -97,8 +97,13 @@ def _left_by(rule: AnyRule, rows: pa.Table) -> npt.NDArray[np.bool_]:
         # The reason tells the value: the list need not be there any more.
         words = (rule.reason(math.nan if value is None else value) for value in values.to_pylist())
         return np.fromiter(map(operator.eq, words, rows[schema.REASON].to_pylist()), bool, len(rows))
-    found = np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dtype=np.float64)
-    return ~np.asarray(rule.keeps(found), dtype=bool)
+    # In the type of the column, as the run compared: another one rounds.
+    left = np.ones(len(rows), bool)
+    there = pc.is_valid(values).to_numpy()
+    left[there] = ~np.asarray(
+        rule.keeps(values.drop_null().combine_chunks().to_numpy(zero_copy_only=False)), dtype=bool
+    )
+    return left
 
 
 def read_part(number: int, catalog: Catalog, names: Sequence[str], undo: Undo, device: str) -> Any:

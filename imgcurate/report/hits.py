@@ -9,7 +9,7 @@ import pyarrow as pa
 from imgcurate.errors import printable
 from imgcurate.report.album import Album, content_policy, page_of
 from imgcurate.report.sample import CatalogSample
-from imgcurate.storage import StorageOptions, atomic_write
+from imgcurate.storage import StorageOptions, atomic_write, check_page
 
 __all__ = ["write_hits"]
 
@@ -43,6 +43,7 @@ def write_hits(
     StorageError
         If the page cannot be written.
     """
+    check_page(url)
     album = Album(CatalogSample(rows, np.zeros(len(rows), np.int64), len(rows)), storage_options=storage_options)
     album.add(range(len(rows)))
     album.develop()

@@ -20,7 +20,7 @@ from imgcurate.report.album import Album, content_policy, page_of, unsafe
 from imgcurate.report.sample import CatalogSample, embeddings, load_sample
 from imgcurate.report.thumbnails import thumbnails
 from imgcurate.results import REPORT, Result
-from imgcurate.storage import StorageOptions, atomic_write, is_local, join_url, local_path
+from imgcurate.storage import StorageOptions, atomic_write, check_page, is_local, join_url, local_path
 
 __all__ = ["is_wanted", "make_report", "project"]
 
@@ -89,6 +89,7 @@ def make_report(
     """
     manifest = Manifest.of_finished(run)
     url = output or join_url(run, REPORT)
+    check_page(url)
     html = _render(run, manifest, groups, show_nsfw, storage_options)
     with atomic_write(url) as out:
         out.write(html.encode())

@@ -19,7 +19,7 @@ from distributed import Client
 from imgcurate import schema
 from imgcurate.backend import Backend, get_backend, lazy_frame
 from imgcurate.catalog import Catalog
-from imgcurate.dedup.exchange import TaskRunner
+from imgcurate.dedup.exchange import REFERENCE_SHIFT, TaskRunner
 from imgcurate.dedup.verdicts import DedupJob, Ledger
 from imgcurate.errors import ConfigError
 from imgcurate.execution import Progress, run_on_client
@@ -153,6 +153,9 @@ def _spool(frame: Any, number: int, catalog: Catalog, out: pa.Schema) -> npt.NDA
 def _check_distinct(function: str, uids: Sequence[npt.NDArray[np.int64]]) -> None:
     """Refuse a frame in which samples stand more than once: by their uid they are named, kept and dropped."""
     ordered = np.sort(np.concatenate([*uids, np.empty(0, np.int64)]))
+    if len(ordered) and not (ordered[0] >= 0 and ordered[-1] < 1 << REFERENCE_SHIFT):
+        wrong = ordered[0] if ordered[0] < 0 else ordered[-1]
+        raise ConfigError(f"{function}: uid {wrong} is not one: expected 0 to 2^{REFERENCE_SHIFT} - 1")
     if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
         raise ConfigError(
             f"{function}: uid {twice[0]} stands in several rows of the frame: each sample should be there once "

@@ -177,7 +177,10 @@ def _check_columns(stage: ProcessingStage, batch: ImageBatch, types: Mapping[str
         if column not in batch.columns and column != IMAGE:
             raise ConfigError(f"stage {stage.name} declares the column {column!r} in 'adds', and does not set it")
         shape = tuple(getattr(batch[column], "shape", ())) if column in batch.made else ()
-        if len(shape) > (2 if pa.types.is_list(types[column]) else 1):
+        wrong = len(shape) > (2 if pa.types.is_list(types[column]) else 1) or (
+            column == schema.EMBEDDING and column in batch.made and (len(shape) != 2 or not shape[1])
+        )
+        if wrong:
             raise ConfigError(
                 f"stage {stage.name}: the column {column!r} is declared as {types[column]}, one for each sample, and "
                 f"was given values of shape {shape}"

@@ -122,6 +122,8 @@ def _attempt(stage: ProcessingStage, part: ImageBatch) -> ImageBatch | None:
         raise ConfigError(f"stage {stage.name}: process() returned None: is 'return batch' missing at its end?")
     if not isinstance(out, ImageBatch) or len(out) != len(part):
         raise ConfigError(f"stage {stage.name}: process() must return the batch with all its rows")
+    if not out.rows.index.equals(part.rows.index):
+        raise ConfigError(f"stage {stage.name}: process() must return the rows of the batch in their order")
     return out
 
 

@@ -21,7 +21,7 @@ from imgcurate.export import OutputShard, kept_counts, plan_shards, write_shard
 from imgcurate.models.weights import absolute_path
 from imgcurate.stages.base import DatasetStage, check_count
 from imgcurate.stages.executor import frame_types
-from imgcurate.storage import StorageOptions, check_output, clear_away, join_url, list_files, make_folder
+from imgcurate.storage import StorageOptions, check_output, clear_away, exclusive, join_url, list_files, make_folder
 
 __all__ = ["ImageWriterStage", "write_webdataset"]
 
@@ -112,8 +112,6 @@ def write_webdataset(
     missing = [c for c in _NEEDS if c not in ddf.columns]
     if missing:
         raise ConfigError(f"write_webdataset needs the column {missing[0]!r}, which the frame does not have")
-    if list_files(output_dir, ".tar", storage_options):
-        raise ConfigError(f"{output_dir} holds shards already: name another folder, or remove them")
     columns = [c for c in ddf.columns if c != schema.EMBEDDING]
     types = frame_types(ddf)
     out = schema.arrow_schema(columns, types)
@@ -123,6 +121,21 @@ def write_webdataset(
         storage_options=storage_options,
     )
     make_folder(output_dir, storage_options)
+    with exclusive(output_dir):
+        if list_files(output_dir, ".tar", storage_options):
+            raise ConfigError(f"{output_dir} holds shards already: name another folder, or remove them")
+        return _write(ddf, scratch, out, images_per_tar, storage_options, read_options)
+
+
+def _write(
+    ddf: dd.DataFrame,
+    scratch: Catalog,
+    out: pa.Schema,
+    images_per_tar: int,
+    storage_options: Mapping[str, Any] | None,
+    read_options: Mapping[str, Any] | None,
+) -> list[dict[str, Any]]:
+    output_dir = scratch.folder.rpartition("/")[0]
     scratch.make_folders()
     try:
         parts = ddf[out.names].to_delayed()
