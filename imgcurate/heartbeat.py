@@ -42,13 +42,13 @@ def teller(topic: str, number: int, rows: int) -> Tell:
         worker = get_worker() if topic and rows else None
     except ValueError:
         worker = None
-    done, last = 0, time.monotonic()
+    done, last, told = 0, time.monotonic(), False
 
     def tell(samples: int) -> None:
-        nonlocal done, last
+        nonlocal done, last, told
         done += samples
-        if worker is not None and (time.monotonic() - last >= _EVERY_S or done >= rows):
-            last = time.monotonic()
+        if worker is not None and (time.monotonic() - last >= _EVERY_S or (told and done >= rows)):
+            last, told = time.monotonic(), True
             worker.log_event(topic, {"number": number, "done": done, "rows": rows})
 
     return tell

@@ -87,7 +87,10 @@ def _made_part(
     begun_before = marks and catalog.attempts.begin(number)
     try:
         if program is not None:
-            table = program.run(table, isolated=begun_before, tell=teller(topic, number, len(table)))
+            tell = teller(topic, number, len(table))
+            table = program.run(table, isolated=begun_before, tell=tell)
+            # Samples that no stage saw are done too.
+            tell(len(table))
         table = table.select(out.names).cast(out)
         catalog.write_part(number, table)
     finally:
