@@ -82,7 +82,7 @@ def main() -> int:
 def load_once(model: str) -> None:
     """Let random weights of a large model, which take seconds to make, be made once."""
     made = clip_weights.load(clip_weights.find(model, "random"))
-    clip_weights.load = lambda weights: copy.deepcopy(made)
+    clip_weights.load = lambda weights, texts=True: copy.deepcopy(made)
 
 
 def ready_pixels(args: argparse.Namespace, encoder: OpenClipEncoder, backend: Backend) -> torch.Tensor:

@@ -66,10 +66,10 @@ class Undo:
         if phase is not None:
             by_batch &= np.isin(phase, sorted(self.batch_phases)) | np.isnan(phase.astype(float))
         ruled = by_batch & self._ruled(table)
-        by_code = by_batch & ~ruled
-        stays = by_code & (phase == 0) if self.keeps and phase is not None else np.zeros(len(table), bool)
-        if (by_code & ~stays).any():
-            first = status[int(np.flatnonzero(by_code & ~stays)[0])].as_py()
+        coded = by_batch & ~ruled
+        stays = coded & (phase == 0) if self.keeps and phase is not None else np.zeros(len(table), bool)
+        if (coded & ~stays).any():
+            first = status[int(np.flatnonzero(coded & ~stays)[0])].as_py()
             raise ConfigError(by_code(first, "samples", folder))
         table = undecided(table)
         for name, value in ((schema.STATUS, schema.STATUS_OK), (schema.REASON, "")):

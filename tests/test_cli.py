@@ -134,7 +134,7 @@ def test_run_does_what_a_file_says(run, shards: Path, tmp_path: Path) -> None:
     )
     code, lines, err = run("run", file, "-o", tmp_path / "OUT")
     assert (code, lines[-1]) == (0, "72 samples in = 60 kept + 12 duplicate")
-    assert "write: 1 of 1" in err
+    assert "read: 4 of 4 (72 samples, 100.0% ok" in err
     catalog = pq.read_table(tmp_path / "OUT" / "catalog").to_pandas()
     assert catalog.key[catalog.status == "duplicate"].str.startswith("copy/").all()
 
