@@ -34,6 +34,7 @@ from imgcurate.catalog import Catalog, Manifest, write_parquet
 from imgcurate.errors import CatalogError, ConfigError, nearest
 from imgcurate.folders import file_url
 from imgcurate.members import free_name
+from imgcurate.outputs import FOLDERS
 from imgcurate.storage import (
     StorageError,
     atomic_write,
@@ -60,7 +61,6 @@ _REMOVED: Final = (
     schema.UID, schema.SHARD, schema.KEY, schema.STATUS, schema.REASON, schema.DUPLICATE_OF, schema.DUPLICATE_BY,
     schema.SIMILARITY,
 )  # fmt: skip
-_DATA: Final = ("catalog", "shards", "dedup", "checkpoint")
 _FORMULA: Final = r"^([=+\-@\t\r])"
 _IMAGE_PATH: Final = "image_path"
 _PATH: Final = "path"
@@ -98,7 +98,7 @@ def export_run(run: str, output: str, formats: Sequence[str] = ("kept", "removed
     samples = _Run(catalog, has_files=any("files" in i for i in manifest.config["inputs"]))
     output = str(Path(local_path(output)).absolute()) if is_local(output) else output
     folder = (str(Path(local_path(run)).absolute()) if is_local(run) else run).rstrip("/")
-    if f"{output.rstrip('/')}/".startswith(tuple(f"{folder}/{name}/" for name in _DATA)):
+    if f"{output.rstrip('/')}/".startswith(tuple(f"{folder}/{name}/" for name in FOLDERS)):
         raise ConfigError(f"{output} holds the data of the run itself: name another folder")
     kept = manifest.counts.get(schema.STATUS_OK, 0)
     for name in formats:

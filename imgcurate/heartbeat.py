@@ -84,11 +84,13 @@ def heard(client: Client, hear: Hear | None) -> Iterator[str]:
         try:
             hear(sum(done / rows for done, rows in in_work), sum(done for done, _ in in_work))
         except Exception:
+            # Whatever a display raises: what is shown must not end a run, nor the thread that hears of it.
             logger.debug("progress cannot be shown", exc_info=True)
 
     client.subscribe_topic(topic, handler)
     try:
         yield topic
     finally:
+        # A client that lost its scheduler has nothing to leave: the error that ended the run is the one to tell.
         with contextlib.suppress(Exception):
             client.unsubscribe_topic(topic)

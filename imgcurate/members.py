@@ -16,6 +16,7 @@ from imgcurate.errors import ConfigError, nearest
 __all__ = ["JSON_KINDS", "NO_MEMBERS", "MemberColumns", "free_name", "json_value"]
 
 _JSON: Final = "json"
+# The pseudo-column of pixels, of which stages know; no column may be called so.
 _IMAGE: Final = "image"
 JSON_KINDS: Final[Mapping[str, pa.DataType]] = {
     "number": pa.float64(), "integer": pa.int64(), "text": pa.string(), "boolean": pa.bool_(),

@@ -17,10 +17,11 @@ from imgcurate.stages.registry import works_by_batch
 from imgcurate.storage import free_bytes, join_url, list_files, remove, remove_temporary_files, remove_tree
 from imgcurate.success import Success
 
-__all__ = ["PIPELINE", "difference", "find_run", "open_run", "warn_of_code", "warn_of_lost"]
+__all__ = ["FOLDERS", "PIPELINE", "difference", "find_run", "open_run", "warn_of_code", "warn_of_lost"]
 
 logger = logging.getLogger(__name__)
-_FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
+FOLDERS: Final = ("catalog", "checkpoint", "dedup", "shards")
+"""Those of an output folder that hold what a run made."""
 PIPELINE: Final = "pipeline.yaml"
 """The file of an output folder that says what was run, as ``imgcurate run`` takes it."""
 _FILES: Final = ("kept.parquet", "removed.parquet", REPORT, PIPELINE)
@@ -134,7 +135,7 @@ def open_run(
         manifest.state = "clearing"
         manifest.save(folder)
         Success.withdraw(folder)
-        for name in _FOLDERS:
+        for name in FOLDERS:
             remove_tree(join_url(folder, name))
         for name in _FILES:
             remove(join_url(folder, name))

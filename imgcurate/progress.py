@@ -7,6 +7,7 @@ import datetime as dt
 import json
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +119,7 @@ def _shown(quiet: bool) -> Iterator[_Display | None]:
             yield _OnTerminal(bars)
 
 
-class _Display:
+class _Display(ABC):
     """What shows progress: a :data:`imgcurate.execution.Progress` that may hear how far partitions in work are."""
 
     def __init__(self) -> None:
@@ -144,8 +145,9 @@ class _Display:
         done = min(self._done.setdefault(phase, 0) + parts, total)
         self._show(phase, done, total, self._tally.words(phase, {}, samples))
 
+    @abstractmethod
     def _show(self, phase: str, done: float, total: int, words: str) -> None:
-        raise NotImplementedError
+        """Show how far a phase is, with words on its samples."""
 
 
 class _Bars(Bars):

@@ -188,7 +188,11 @@ class _Recorded:
         if "." in name and "rules" in config:
             # A per-batch stage of one's own: its rules are there, its code is not needed.
             return _Recorded(name, config, _Rules(name, [rule_of(rule) for rule in config["rules"]]))
-        return _Recorded(name, config, make_stage(f"stages[{number}] of the run:", name, {}, others=config))
+        stage = make_stage(f"stages[{number}] of the run:", name, {}, others=config)
+        if isinstance(stage, ColumnFilterStage):
+            # With another list the same rule is another one.
+            stage = stage.with_checksums(config.get(LISTS_SHA256, {}))
+        return _Recorded(name, config, stage)
 
     def changed(self, params: Mapping[str, Any], encoder: str | None) -> _Recorded:
         """Return the stage with other parameters, beside the embeddings of an encoder."""
@@ -213,8 +217,9 @@ class _Recorded:
         if not isinstance(self.stage, ColumnFilterStage):
             return self
         self.stage.check(None)
+        stage = self.stage.with_checksums({})
         config = {k: v for k, v in self.config.items() if k != LISTS_SHA256}
-        return dataclasses.replace(self, config={**config, **self.stage.fingerprint()})
+        return dataclasses.replace(self, stage=stage, config={**config, **stage.fingerprint()})
 
 
 def _changed(recorded: Sequence[_Recorded], changes: Changes, run: str) -> list[_Recorded]:

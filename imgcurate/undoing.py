@@ -67,7 +67,9 @@ class Undo:
             by_batch &= np.isin(phase, sorted(self.batch_phases)) | np.isnan(phase.astype(float))
         ruled = by_batch & self._ruled(table)
         coded = by_batch & ~ruled
-        stays = coded & (phase == 0) if self.keeps and phase is not None else np.zeros(len(table), bool)
+        # A run of one phase does not tell it.
+        first_phase = phase == 0 if phase is not None else np.ones(len(table), bool)
+        stays = coded & first_phase & self.keeps
         if (coded & ~stays).any():
             first = status[int(np.flatnonzero(coded & ~stays)[0])].as_py()
             raise ConfigError(by_code(first, "samples", folder))

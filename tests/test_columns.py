@@ -442,3 +442,19 @@ def test_files_that_nobody_asked_for_are_not_there() -> None:
     for none in (batch, ic.ImageBatch(pd.DataFrame({"key": ["a"]}))):
         with pytest.raises(ConfigError, match="set 'encoded = True' in the stage"):
             _ = none.encoded
+
+
+@pytest.mark.parametrize("spared", [True, False])
+def test_another_list_is_another_rule(spared: bool, shards: Path, client: Client, tmp_path: Path) -> None:
+    """Neither what was not embedded, nor what code may have dropped, comes back by a list that is shorter now."""
+    path = tmp_path / "out.txt"
+    path.write_text("00\n01\n13\n")
+    where = ic.ColumnFilterStage(is_not_in={"key": str(path)})
+    after = ic.ImageEmbeddingStage("tiny-image", skip_dropped=True) if spared else Odd()
+    result = run(shards, tmp_path / "OUT", client, where, after)
+    same = ic.refilter(result.output_dir, str(tmp_path / "SAME"), client=client)
+    assert same.counts == result.counts
+    path.write_text("00\n")
+    words = "did not embed what key not in out.txt" if spared else "were dropped as 'odd' by the code of a stage"
+    with pytest.raises(ConfigError, match=words):
+        ic.refilter(result.output_dir, str(tmp_path / "ANEW"), client=client)

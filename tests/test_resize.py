@@ -122,3 +122,15 @@ def test_dali_makes_the_same_views(resize: str, interpolation: str) -> None:
     assert (np.abs(ours - theirs).reshape(len(sizes), -1).mean(axis=1) < 0.3).all()
     # Padding lies in the same place.
     assert ((ours == 77).all(axis=-1) == (theirs == 77).all(axis=-1)).mean() > 0.999
+
+
+@pytest.mark.parametrize("size", [(301, 457), (457, 301), (333, 500), (90, 77), (1000, 211)])
+def test_views_that_are_not_square_are_those_of_open_clip(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(7)
+    image = np.asarray(Image.fromarray(rng.integers(0, 256, (12, 17, 3), dtype=np.uint8)).resize(size, 3))
+    transform = open_clip.image_transform(
+        (96, 130), is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode="shortest"
+    )
+    expected = (transform(Image.fromarray(image)) * 255).round().permute(1, 2, 0).numpy()
+    ours = make_views([image], [PixelView(96, 130)])[0][0].numpy().astype(float)
+    assert np.abs(ours - expected).max() <= 3

@@ -18,7 +18,7 @@ from imgcurate.errors import ConfigError, WeightsError
 from imgcurate.lazy import torch
 from imgcurate.models.weights import default_model_dir, file_sha256
 
-__all__ = ["ClipWeights", "embed_dim", "find", "identity", "load", "present", "tokenizer"]
+__all__ = ["ClipWeights", "embed_dim", "find", "identity", "load", "present", "takes_transformers", "tokenizer"]
 
 RANDOM: Final = "random"
 _MOST_SAID: Final = 300
@@ -243,7 +243,7 @@ def tokenizer(model: str, model_dir: str | None = None) -> Any:
     from open_clip import get_tokenizer
 
     try:
-        with _without_retry_lines(), _offline_if_it_is():
+        with _without_retry_lines():
             return get_tokenizer(model, cache_dir=str(_folder(model_dir)))
     except Exception as exc:
         first = (str(exc) or type(exc).__name__).strip().splitlines()[0]
@@ -326,22 +326,6 @@ def _look_up_hub() -> None:
     # A proxy looks names up by itself.
     if host and not urllib.request.getproxies():
         socket.getaddrinfo(host, None)
-
-
-@contextlib.contextmanager
-def _offline_if_it_is() -> Iterator[None]:
-    """Have the hub's client look at what is here alone, if the hub has no address here."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    try:
-        _look_up_hub()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

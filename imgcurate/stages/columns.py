@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
@@ -110,6 +111,12 @@ class ColumnFilterStage(ProcessingStage):
         """Return the checksums of the lists, which from now on have to be as they are now."""
         self._sha256 = {url: file_digest(url).sha256 for url in self._files}
         return {LISTS_SHA256: self._sha256} if self._sha256 else {}
+
+    def with_checksums(self, sha256: Mapping[str, str]) -> ColumnFilterStage:
+        """Return the stage with lists of these checksums, as a run recorded them."""
+        stage = copy.copy(self)
+        stage._sha256 = dict(sha256)
+        return stage
 
     def process(self, batch: ImageBatch) -> ImageBatch:
         """Return the batch as it is: rules decide."""
